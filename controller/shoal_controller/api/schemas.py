@@ -17,7 +17,8 @@
     GET    /variants/{id}                           -> Variant
     GET    /releases?model=  GET /releases/{id}     -> Release
     POST   /releases               ReleaseCreate    -> Release
-    GET    /endpoints GET /endpoints/{name} POST /endpoints EndpointCreate PATCH /endpoints/{name} EndpointPatch
+    GET    /endpoints GET /endpoints/{name} POST /endpoints EndpointCreate
+    PATCH  /endpoints/{name}       EndpointPatch    -> Endpoint
     GET    /optimizations GET /optimizations/{id} POST /optimizations OptimizationCreate
     POST   /optimizations/{id}/cancel
     GET    /optimizations/{id}/report               (HTML)
