@@ -129,7 +129,7 @@ class Reported(_message.Message):
     ports: _profile_pb2.Ports
     bundles_on_disk: _containers.RepeatedScalarFieldContainer[str]
     clock_wrong: bool
-    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[PlacementStatus, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[Refusal, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestResult, _Mapping]]] = ..., agent_version: _Optional[str] = ..., ports: _Optional[_Union[_profile_pb2.Ports, _Mapping]] = ..., bundles_on_disk: _Optional[_Iterable[str]] = ..., clock_wrong: _Optional[bool] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., generation: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[PlacementStatus, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[Refusal, _Mapping]]] = ..., requests: _Optional[_Iterable[_Union[RequestResult, _Mapping]]] = ..., agent_version: _Optional[str] = ..., ports: _Optional[_Union[_profile_pb2.Ports, _Mapping]] = ..., bundles_on_disk: _Optional[_Iterable[str]] = ..., clock_wrong: bool = ...) -> None: ...
 
 class PlacementStatus(_message.Message):
     __slots__ = ("endpoint", "wanted", "serving", "step", "attempt", "reason", "detail", "logs", "probe", "progress", "role")
@@ -177,7 +177,7 @@ class ProbeReport(_message.Message):
     agreement: float
     runs: int
     runtime_version: str
-    def __init__(self, ok: _Optional[bool] = ..., latency_p50_ms: _Optional[float] = ..., latency_p95_ms: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., int8_share: _Optional[float] = ..., max_abs_error: _Optional[float] = ..., agreement: _Optional[float] = ..., runs: _Optional[int] = ..., runtime_version: _Optional[str] = ...) -> None: ...
+    def __init__(self, ok: bool = ..., latency_p50_ms: _Optional[float] = ..., latency_p95_ms: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., int8_share: _Optional[float] = ..., max_abs_error: _Optional[float] = ..., agreement: _Optional[float] = ..., runs: _Optional[int] = ..., runtime_version: _Optional[str] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("epoch", "generation", "reason")

@@ -5,7 +5,7 @@ import warnings
 
 from shoal_protos.v1 import agents_pb2 as shoal__protos_dot_v1_dot_agents__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in shoal_protos/v1/agents_pb2_grpc.py depends on'
+        + f' but the generated code in shoal_protos/v1/agents_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class AgentsStub:
+class AgentsStub(object):
     """Door 8443, mutual TLS.
     """
 
@@ -42,7 +42,7 @@ class AgentsStub:
                 _registered_method=True)
 
 
-class AgentsServicer:
+class AgentsServicer(object):
     """Door 8443, mutual TLS.
     """
 
@@ -68,7 +68,7 @@ def add_AgentsServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Agents:
+class Agents(object):
     """Door 8443, mutual TLS.
     """
 

@@ -39,7 +39,7 @@ class StatReply(_message.Message):
     digest: str
     received: int
     complete: bool
-    def __init__(self, digest: _Optional[str] = ..., received: _Optional[int] = ..., complete: _Optional[bool] = ...) -> None: ...
+    def __init__(self, digest: _Optional[str] = ..., received: _Optional[int] = ..., complete: bool = ...) -> None: ...
 
 class PushHeader(_message.Message):
     __slots__ = ("digest", "size", "offset", "purpose")

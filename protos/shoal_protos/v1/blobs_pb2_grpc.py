@@ -5,7 +5,7 @@ import warnings
 
 from shoal_protos.v1 import blobs_pb2 as shoal__protos_dot_v1_dot_blobs__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in shoal_protos/v1/blobs_pb2_grpc.py depends on'
+        + f' but the generated code in shoal_protos/v1/blobs_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class BlobsStub:
+class BlobsStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -51,7 +51,7 @@ class BlobsStub:
                 _registered_method=True)
 
 
-class BlobsServicer:
+class BlobsServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Fetch(self, request, context):
@@ -99,7 +99,7 @@ def add_BlobsServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Blobs:
+class Blobs(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod

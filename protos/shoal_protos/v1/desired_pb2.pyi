@@ -126,7 +126,7 @@ class PlacementSettings(_message.Message):
     settle: Settle
     sampling: Sampling
     fallback: bool
-    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., model_version: _Optional[int] = ..., variant: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., promised_int8_share: _Optional[float] = ..., options: _Optional[_Union[RuntimeOptions, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., fallback: _Optional[bool] = ...) -> None: ...
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., model_version: _Optional[int] = ..., variant: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., promised_int8_share: _Optional[float] = ..., options: _Optional[_Union[RuntimeOptions, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., fallback: bool = ...) -> None: ...
 
 class Envelope(_message.Message):
     __slots__ = ("latency_p95_ms", "latency_tolerance", "memory_bytes", "accuracy")

@@ -5,7 +5,7 @@ import warnings
 
 from shoal_protos.v1 import enrolment_pb2 as shoal__protos_dot_v1_dot_enrolment__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in shoal_protos/v1/enrolment_pb2_grpc.py depends on'
+        + f' but the generated code in shoal_protos/v1/enrolment_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class EnrolmentStub:
+class EnrolmentStub(object):
     """Door 8442, server TLS only.
     """
 
@@ -47,7 +47,7 @@ class EnrolmentStub:
                 _registered_method=True)
 
 
-class EnrolmentServicer:
+class EnrolmentServicer(object):
     """Door 8442, server TLS only.
     """
 
@@ -85,7 +85,7 @@ def add_EnrolmentServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Enrolment:
+class Enrolment(object):
     """Door 8442, server TLS only.
     """
 

@@ -36,7 +36,7 @@ class Profile(_message.Message):
     hardware_part: str
     emulated: bool
     python_version: str
-    def __init__(self, architecture: _Optional[str] = ..., cpu_model: _Optional[str] = ..., isa_features: _Optional[_Iterable[str]] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ..., runtimes: _Optional[_Iterable[_Union[Runtime, _Mapping]]] = ..., os: _Optional[str] = ..., ports: _Optional[_Union[Ports, _Mapping]] = ..., agent_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., hardware_part: _Optional[str] = ..., emulated: _Optional[bool] = ..., python_version: _Optional[str] = ...) -> None: ...
+    def __init__(self, architecture: _Optional[str] = ..., cpu_model: _Optional[str] = ..., isa_features: _Optional[_Iterable[str]] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerators: _Optional[_Iterable[_Union[Accelerator, _Mapping]]] = ..., runtimes: _Optional[_Iterable[_Union[Runtime, _Mapping]]] = ..., os: _Optional[str] = ..., ports: _Optional[_Union[Ports, _Mapping]] = ..., agent_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., hardware_part: _Optional[str] = ..., emulated: bool = ..., python_version: _Optional[str] = ...) -> None: ...
 
 class Accelerator(_message.Message):
     __slots__ = ("vendor", "kind", "name", "driver_version")

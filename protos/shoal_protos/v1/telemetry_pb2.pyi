@@ -103,7 +103,7 @@ class System(_message.Message):
     temperature_celsius: float
     throttled: bool
     disk_free_bytes: int
-    def __init__(self, cpu_share: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., agent_rss_bytes: _Optional[int] = ..., server_rss_bytes: _Optional[int] = ..., temperature_celsius: _Optional[float] = ..., throttled: _Optional[bool] = ..., disk_free_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, cpu_share: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., agent_rss_bytes: _Optional[int] = ..., server_rss_bytes: _Optional[int] = ..., temperature_celsius: _Optional[float] = ..., throttled: bool = ..., disk_free_bytes: _Optional[int] = ...) -> None: ...
 
 class PlacementWindow(_message.Message):
     __slots__ = ("endpoint", "bundle", "role", "requests", "errors", "errors_by_reason", "latency", "inputs", "outputs", "labelled", "correct", "label_unmatched", "inference")
@@ -163,7 +163,7 @@ class TrialResult(_message.Message):
     timing: TimingResult
     outputs_blob: str
     context: _containers.ScalarMap[str, str]
-    def __init__(self, trial: _Optional[str] = ..., ok: _Optional[bool] = ..., error: _Optional[str] = ..., timing: _Optional[_Union[TimingResult, _Mapping]] = ..., outputs_blob: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, trial: _Optional[str] = ..., ok: bool = ..., error: _Optional[str] = ..., timing: _Optional[_Union[TimingResult, _Mapping]] = ..., outputs_blob: _Optional[str] = ..., context: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class TimingResult(_message.Message):
     __slots__ = ("candidate", "incumbent", "ratio", "ratio_low", "ratio_high", "winner", "int8_share")
