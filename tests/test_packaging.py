@@ -19,7 +19,7 @@ def test_an_agent_brings_neither_torch_nor_the_web_stack(tmp_path: Path) -> None
     report = tmp_path / "report.json"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-        + ["--report", str(report), f"{ROOT}[agent,onnxruntime]"],
+        + [f"--report={report}", f"{ROOT}[agent,onnxruntime]"],  # noqa: RUF005
         check=True,
         timeout=170,
     )
