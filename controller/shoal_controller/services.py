@@ -1,0 +1,43 @@
+"""What routers, runners and the gateway are given: the controller's parts, wired once in `app.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shoal_controller.clock import Clock, now_ms
+from shoal_controller.settings import Settings
+from shoal_controller.store.repositories import Store
+
+if TYPE_CHECKING:
+    from shoal_controller.blobs import BlobStore
+    from shoal_controller.events import EventFeed
+    from shoal_controller.gateway.connections import Connections
+    from shoal_controller.identity import Keys
+    from shoal_controller.intake import Intake
+
+
+@dataclass
+class Services:
+    settings: Settings
+    store: Store
+    keys: Keys
+    blobs: BlobStore
+    connections: Connections
+    intake: Intake
+    feed: EventFeed
+    clock: Clock = now_ms
+
+    def publish(self, devices: Iterable[str] | None = None) -> list[str]:
+        """Makes desired states follow the store; returns the devices whose state changed.
+
+        Opens its own transactions: call it after yours has committed. The controller also calls it
+        for every recorded event that can change a desired state, so forgetting it costs a moment,
+        never correctness.
+        """
+        from shoal_controller.desired_publish import publish
+
+        return publish(
+            self.store, self.keys, self.connections, devices, settings=self.settings, clock=self.clock
+        )
