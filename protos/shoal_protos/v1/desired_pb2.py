@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dshoal_protos/v1/desired.proto\x12\x08shoal.v1\"B\n\x06Signed\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\'\n\nsignatures\x18\x02 \x03(\x0b\x32\x13.shoal.v1.Signature\"*\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x80\x03\n\x0c\x44\x65siredState\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\r\n\x05\x66leet\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\'\n\x08requires\x18\x06 \x03(\x0b\x32\x15.shoal.v1.Requirement\x12\'\n\nplacements\x18\x07 \x03(\x0b\x32\x13.shoal.v1.Placement\x12\x1f\n\x06trials\x18\x08 \x03(\x0b\x32\x0f.shoal.v1.Trial\x12#\n\x08requests\x18\t \x03(\x0b\x32\x11.shoal.v1.Request\x12\x0c\n\x04keep\x18\n \x03(\t\x12/\n\x0e\x61gent_settings\x18\x0b \x01(\x0b\x32\x17.shoal.v1.AgentSettings\x12\x1b\n\x13min_targets_version\x18\x0c \x01(\x04\x12\x14\n\x0cissued_at_ms\x18\r \x01(\x03\x12\x14\n\x0cnot_after_ms\x18\x0e \x01(\x03\"5\n\x0bRequirement\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x15\n\rsince_version\x18\x02 \x01(\t\"\x8b\x01\n\tPlacement\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12\x1c\n\x04role\x18\x03 \x01(\x0e\x32\x0e.shoal.v1.Role\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12-\n\x08settings\x18\x05 \x01(\x0b\x32\x1b.shoal.v1.PlacementSettings\"\xa3\x02\n\x11PlacementSettings\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12$\n\x08\x65nvelope\x18\x05 \x01(\x0b\x32\x12.shoal.v1.Envelope\x12\x1b\n\x13promised_int8_share\x18\x06 \x01(\x01\x12)\n\x07options\x18\x07 \x01(\x0b\x32\x18.shoal.v1.RuntimeOptions\x12 \n\x06settle\x18\x08 \x01(\x0b\x32\x10.shoal.v1.Settle\x12$\n\x08sampling\x18\t \x01(\x0b\x32\x12.shoal.v1.Sampling\x12\x10\n\x08\x66\x61llback\x18\n \x01(\x08\"e\n\x08\x45nvelope\x12\x16\n\x0elatency_p95_ms\x18\x01 \x01(\x01\x12\x19\n\x11latency_tolerance\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01\"\x83\x01\n\x0eRuntimeOptions\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x32\n\x05\x65xtra\x18\x02 \x03(\x0b\x32#.shoal.v1.RuntimeOptions.ExtraEntry\x1a,\n\nExtraEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x06Settle\x12\x0f\n\x07seconds\x18\x01 \x01(\r\x12\x17\n\x0fmax_error_share\x18\x02 \x01(\x01\x12\x19\n\x11max_latency_ratio\x18\x03 \x01(\x01\x12\x14\n\x0cmin_requests\x18\x04 \x01(\r\"T\n\x08Sampling\x12\r\n\x05share\x18\x01 \x01(\x01\x12\x1e\n\x16max_samples_per_window\x18\x02 \x01(\r\x12\x19\n\x11max_bytes_per_day\x18\x03 \x01(\x04\"\xbe\x01\n\x05Trial\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.shoal.v1.TrialKind\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x11\n\tincumbent\x18\x05 \x01(\t\x12\x14\n\x0cnot_after_ms\x18\x06 \x01(\x03\x12\x11\n\tmax_bytes\x18\x07 \x01(\x04\x12)\n\x07options\x18\x08 \x01(\x0b\x32\x18.shoal.v1.RuntimeOptions\"P\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.shoal.v1.RequestKind\x12\x14\n\x0cnot_after_ms\x18\x03 \x01(\x03\"\x96\x01\n\rAgentSettings\x12\x30\n\x0b\x63ontrollers\x18\x01 \x03(\x0b\x32\x1b.shoal.v1.ControllerAddress\x12\x19\n\x11telemetry_seconds\x18\x02 \x01(\r\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\r\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x04 \x01(\x04\"5\n\x11\x43ontrollerAddress\x12\x0f\n\x07\x63\x61rrier\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PRIMARY\x10\x01\x12\x0f\n\x0bROLE_SHADOW\x10\x02*V\n\tTrialKind\x12\x1a\n\x16TRIAL_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11TRIAL_KIND_TIMING\x10\x01\x12\x16\n\x12TRIAL_KIND_OUTPUTS\x10\x02*]\n\x0bRequestKind\x12\x1c\n\x18REQUEST_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11REQUEST_KIND_LOGS\x10\x01\x12\x19\n\x15REQUEST_KIND_DIAGNOSE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dshoal_protos/v1/desired.proto\x12\x08shoal.v1\"B\n\x06Signed\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\'\n\nsignatures\x18\x02 \x03(\x0b\x32\x13.shoal.v1.Signature\"*\n\tSignature\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x80\x03\n\x0c\x44\x65siredState\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\r\n\x05\x66leet\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\'\n\x08requires\x18\x06 \x03(\x0b\x32\x15.shoal.v1.Requirement\x12\'\n\nplacements\x18\x07 \x03(\x0b\x32\x13.shoal.v1.Placement\x12\x1f\n\x06trials\x18\x08 \x03(\x0b\x32\x0f.shoal.v1.Trial\x12#\n\x08requests\x18\t \x03(\x0b\x32\x11.shoal.v1.Request\x12\x0c\n\x04keep\x18\n \x03(\t\x12/\n\x0e\x61gent_settings\x18\x0b \x01(\x0b\x32\x17.shoal.v1.AgentSettings\x12\x1b\n\x13min_targets_version\x18\x0c \x01(\x04\x12\x14\n\x0cissued_at_ms\x18\r \x01(\x03\x12\x14\n\x0cnot_after_ms\x18\x0e \x01(\x03\"5\n\x0bRequirement\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x15\n\rsince_version\x18\x02 \x01(\t\"\x8b\x01\n\tPlacement\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12\x1c\n\x04role\x18\x03 \x01(\x0e\x32\x0e.shoal.v1.Role\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12-\n\x08settings\x18\x05 \x01(\x0b\x32\x1b.shoal.v1.PlacementSettings\"\xb9\x02\n\x11PlacementSettings\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12$\n\x08\x65nvelope\x18\x05 \x01(\x0b\x32\x12.shoal.v1.Envelope\x12\x1b\n\x13promised_int8_share\x18\x06 \x01(\x01\x12)\n\x07options\x18\x07 \x01(\x0b\x32\x18.shoal.v1.RuntimeOptions\x12 \n\x06settle\x18\x08 \x01(\x0b\x32\x10.shoal.v1.Settle\x12$\n\x08sampling\x18\t \x01(\x0b\x32\x12.shoal.v1.Sampling\x12\x10\n\x08\x66\x61llback\x18\n \x01(\x08\x12\x14\n\x0cshadow_share\x18\x0b \x01(\x01\"e\n\x08\x45nvelope\x12\x16\n\x0elatency_p95_ms\x18\x01 \x01(\x01\x12\x19\n\x11latency_tolerance\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x10\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01\"\x83\x01\n\x0eRuntimeOptions\x12\x0f\n\x07threads\x18\x01 \x01(\r\x12\x32\n\x05\x65xtra\x18\x02 \x03(\x0b\x32#.shoal.v1.RuntimeOptions.ExtraEntry\x1a,\n\nExtraEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x06Settle\x12\x0f\n\x07seconds\x18\x01 \x01(\r\x12\x17\n\x0fmax_error_share\x18\x02 \x01(\x01\x12\x19\n\x11max_latency_ratio\x18\x03 \x01(\x01\x12\x14\n\x0cmin_requests\x18\x04 \x01(\r\"p\n\x08Sampling\x12\r\n\x05share\x18\x01 \x01(\x01\x12\x1e\n\x16max_samples_per_window\x18\x02 \x01(\r\x12\x19\n\x11max_bytes_per_day\x18\x03 \x01(\x04\x12\x1a\n\x12label_wait_seconds\x18\x04 \x01(\r\"\xbe\x01\n\x05Trial\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.shoal.v1.TrialKind\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x11\n\tincumbent\x18\x05 \x01(\t\x12\x14\n\x0cnot_after_ms\x18\x06 \x01(\x03\x12\x11\n\tmax_bytes\x18\x07 \x01(\x04\x12)\n\x07options\x18\x08 \x01(\x0b\x32\x18.shoal.v1.RuntimeOptions\"P\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.shoal.v1.RequestKind\x12\x14\n\x0cnot_after_ms\x18\x03 \x01(\x03\"\x96\x01\n\rAgentSettings\x12\x30\n\x0b\x63ontrollers\x18\x01 \x03(\x0b\x32\x1b.shoal.v1.ControllerAddress\x12\x19\n\x11telemetry_seconds\x18\x02 \x01(\r\x12\x19\n\x11heartbeat_seconds\x18\x03 \x01(\r\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\x04 \x01(\x04\"5\n\x11\x43ontrollerAddress\x12\x0f\n\x07\x63\x61rrier\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PRIMARY\x10\x01\x12\x0f\n\x0bROLE_SHADOW\x10\x02*V\n\tTrialKind\x12\x1a\n\x16TRIAL_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11TRIAL_KIND_TIMING\x10\x01\x12\x16\n\x12TRIAL_KIND_OUTPUTS\x10\x02*]\n\x0bRequestKind\x12\x1c\n\x18REQUEST_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11REQUEST_KIND_LOGS\x10\x01\x12\x19\n\x15REQUEST_KIND_DIAGNOSE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUNTIMEOPTIONS_EXTRAENTRY']._loaded_options = None
   _globals['_RUNTIMEOPTIONS_EXTRAENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1940
-  _globals['_ROLE']._serialized_end=2003
-  _globals['_TRIALKIND']._serialized_start=2005
-  _globals['_TRIALKIND']._serialized_end=2091
-  _globals['_REQUESTKIND']._serialized_start=2093
-  _globals['_REQUESTKIND']._serialized_end=2186
+  _globals['_ROLE']._serialized_start=1990
+  _globals['_ROLE']._serialized_end=2053
+  _globals['_TRIALKIND']._serialized_start=2055
+  _globals['_TRIALKIND']._serialized_end=2141
+  _globals['_REQUESTKIND']._serialized_start=2143
+  _globals['_REQUESTKIND']._serialized_end=2236
   _globals['_SIGNED']._serialized_start=43
   _globals['_SIGNED']._serialized_end=109
   _globals['_SIGNATURE']._serialized_start=111
@@ -50,23 +50,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACEMENT']._serialized_start=598
   _globals['_PLACEMENT']._serialized_end=737
   _globals['_PLACEMENTSETTINGS']._serialized_start=740
-  _globals['_PLACEMENTSETTINGS']._serialized_end=1031
-  _globals['_ENVELOPE']._serialized_start=1033
-  _globals['_ENVELOPE']._serialized_end=1134
-  _globals['_RUNTIMEOPTIONS']._serialized_start=1137
-  _globals['_RUNTIMEOPTIONS']._serialized_end=1268
-  _globals['_RUNTIMEOPTIONS_EXTRAENTRY']._serialized_start=1224
-  _globals['_RUNTIMEOPTIONS_EXTRAENTRY']._serialized_end=1268
-  _globals['_SETTLE']._serialized_start=1270
-  _globals['_SETTLE']._serialized_end=1369
-  _globals['_SAMPLING']._serialized_start=1371
-  _globals['_SAMPLING']._serialized_end=1455
-  _globals['_TRIAL']._serialized_start=1458
-  _globals['_TRIAL']._serialized_end=1648
-  _globals['_REQUEST']._serialized_start=1650
-  _globals['_REQUEST']._serialized_end=1730
-  _globals['_AGENTSETTINGS']._serialized_start=1733
-  _globals['_AGENTSETTINGS']._serialized_end=1883
-  _globals['_CONTROLLERADDRESS']._serialized_start=1885
-  _globals['_CONTROLLERADDRESS']._serialized_end=1938
+  _globals['_PLACEMENTSETTINGS']._serialized_end=1053
+  _globals['_ENVELOPE']._serialized_start=1055
+  _globals['_ENVELOPE']._serialized_end=1156
+  _globals['_RUNTIMEOPTIONS']._serialized_start=1159
+  _globals['_RUNTIMEOPTIONS']._serialized_end=1290
+  _globals['_RUNTIMEOPTIONS_EXTRAENTRY']._serialized_start=1246
+  _globals['_RUNTIMEOPTIONS_EXTRAENTRY']._serialized_end=1290
+  _globals['_SETTLE']._serialized_start=1292
+  _globals['_SETTLE']._serialized_end=1391
+  _globals['_SAMPLING']._serialized_start=1393
+  _globals['_SAMPLING']._serialized_end=1505
+  _globals['_TRIAL']._serialized_start=1508
+  _globals['_TRIAL']._serialized_end=1698
+  _globals['_REQUEST']._serialized_start=1700
+  _globals['_REQUEST']._serialized_end=1780
+  _globals['_AGENTSETTINGS']._serialized_start=1783
+  _globals['_AGENTSETTINGS']._serialized_end=1933
+  _globals['_CONTROLLERADDRESS']._serialized_start=1935
+  _globals['_CONTROLLERADDRESS']._serialized_end=1988
 # @@protoc_insertion_point(module_scope)

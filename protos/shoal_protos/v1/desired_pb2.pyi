@@ -105,7 +105,7 @@ class Placement(_message.Message):
     def __init__(self, endpoint: _Optional[str] = ..., bundle: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., attempt: _Optional[int] = ..., settings: _Optional[_Union[PlacementSettings, _Mapping]] = ...) -> None: ...
 
 class PlacementSettings(_message.Message):
-    __slots__ = ("project", "model", "model_version", "variant", "envelope", "promised_int8_share", "options", "settle", "sampling", "fallback")
+    __slots__ = ("project", "model", "model_version", "variant", "envelope", "promised_int8_share", "options", "settle", "sampling", "fallback", "shadow_share")
     PROJECT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class PlacementSettings(_message.Message):
     SETTLE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_SHARE_FIELD_NUMBER: _ClassVar[int]
     project: str
     model: str
     model_version: int
@@ -126,7 +127,8 @@ class PlacementSettings(_message.Message):
     settle: Settle
     sampling: Sampling
     fallback: bool
-    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., model_version: _Optional[int] = ..., variant: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., promised_int8_share: _Optional[float] = ..., options: _Optional[_Union[RuntimeOptions, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., fallback: bool = ...) -> None: ...
+    shadow_share: float
+    def __init__(self, project: _Optional[str] = ..., model: _Optional[str] = ..., model_version: _Optional[int] = ..., variant: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., promised_int8_share: _Optional[float] = ..., options: _Optional[_Union[RuntimeOptions, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., fallback: bool = ..., shadow_share: _Optional[float] = ...) -> None: ...
 
 class Envelope(_message.Message):
     __slots__ = ("latency_p95_ms", "latency_tolerance", "memory_bytes", "accuracy")
@@ -168,14 +170,16 @@ class Settle(_message.Message):
     def __init__(self, seconds: _Optional[int] = ..., max_error_share: _Optional[float] = ..., max_latency_ratio: _Optional[float] = ..., min_requests: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("share", "max_samples_per_window", "max_bytes_per_day")
+    __slots__ = ("share", "max_samples_per_window", "max_bytes_per_day", "label_wait_seconds")
     SHARE_FIELD_NUMBER: _ClassVar[int]
     MAX_SAMPLES_PER_WINDOW_FIELD_NUMBER: _ClassVar[int]
     MAX_BYTES_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    LABEL_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     share: float
     max_samples_per_window: int
     max_bytes_per_day: int
-    def __init__(self, share: _Optional[float] = ..., max_samples_per_window: _Optional[int] = ..., max_bytes_per_day: _Optional[int] = ...) -> None: ...
+    label_wait_seconds: int
+    def __init__(self, share: _Optional[float] = ..., max_samples_per_window: _Optional[int] = ..., max_bytes_per_day: _Optional[int] = ..., label_wait_seconds: _Optional[int] = ...) -> None: ...
 
 class Trial(_message.Message):
     __slots__ = ("id", "bundle", "kind", "dataset", "incumbent", "not_after_ms", "max_bytes", "options")

@@ -106,7 +106,7 @@ class System(_message.Message):
     def __init__(self, cpu_share: _Optional[float] = ..., memory_used_bytes: _Optional[int] = ..., agent_rss_bytes: _Optional[int] = ..., server_rss_bytes: _Optional[int] = ..., temperature_celsius: _Optional[float] = ..., throttled: bool = ..., disk_free_bytes: _Optional[int] = ...) -> None: ...
 
 class PlacementWindow(_message.Message):
-    __slots__ = ("endpoint", "bundle", "role", "requests", "errors", "errors_by_reason", "latency", "inputs", "outputs", "labelled", "correct", "label_unmatched", "inference")
+    __slots__ = ("endpoint", "bundle", "role", "requests", "errors", "errors_by_reason", "latency", "inputs", "outputs", "labelled", "correct", "label_unmatched", "inference", "compared", "agreed")
     class ErrorsByReasonEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,8 @@ class PlacementWindow(_message.Message):
     CORRECT_FIELD_NUMBER: _ClassVar[int]
     LABEL_UNMATCHED_FIELD_NUMBER: _ClassVar[int]
     INFERENCE_FIELD_NUMBER: _ClassVar[int]
+    COMPARED_FIELD_NUMBER: _ClassVar[int]
+    AGREED_FIELD_NUMBER: _ClassVar[int]
     endpoint: str
     bundle: str
     role: int
@@ -140,7 +142,9 @@ class PlacementWindow(_message.Message):
     correct: int
     label_unmatched: int
     inference: Histogram
-    def __init__(self, endpoint: _Optional[str] = ..., bundle: _Optional[str] = ..., role: _Optional[int] = ..., requests: _Optional[int] = ..., errors: _Optional[int] = ..., errors_by_reason: _Optional[_Mapping[str, int]] = ..., latency: _Optional[_Union[Histogram, _Mapping]] = ..., inputs: _Optional[_Union[SketchSet, _Mapping]] = ..., outputs: _Optional[_Union[SketchSet, _Mapping]] = ..., labelled: _Optional[int] = ..., correct: _Optional[int] = ..., label_unmatched: _Optional[int] = ..., inference: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    compared: int
+    agreed: int
+    def __init__(self, endpoint: _Optional[str] = ..., bundle: _Optional[str] = ..., role: _Optional[int] = ..., requests: _Optional[int] = ..., errors: _Optional[int] = ..., errors_by_reason: _Optional[_Mapping[str, int]] = ..., latency: _Optional[_Union[Histogram, _Mapping]] = ..., inputs: _Optional[_Union[SketchSet, _Mapping]] = ..., outputs: _Optional[_Union[SketchSet, _Mapping]] = ..., labelled: _Optional[int] = ..., correct: _Optional[int] = ..., label_unmatched: _Optional[int] = ..., inference: _Optional[_Union[Histogram, _Mapping]] = ..., compared: _Optional[int] = ..., agreed: _Optional[int] = ...) -> None: ...
 
 class TrialResult(_message.Message):
     __slots__ = ("trial", "ok", "error", "timing", "outputs_blob", "context")
