@@ -80,7 +80,7 @@ class JobSpec:
 
 def _need(raw: Mapping[str, Any], name: str, kind: type, where: str = "job.json") -> Any:
     value = raw.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise InvalidInput(f"{where}: '{name}' must be a {kind.__name__}, not {type(value).__name__}.")
     return value
 
@@ -121,17 +121,20 @@ def _budget(raw: Mapping[str, Any]) -> Budget:
     networks = raw.get("networks")
     if minutes <= 0 or trials < 0:
         raise InvalidInput(f"{where}: minutes must be above 0 and trials at least 0.")
-    return Budget(minutes, trials, None if networks is None else max(int(_number(raw, "networks", 1, where)), 1))
+    return Budget(
+        minutes, trials, None if networks is None else max(int(_number(raw, "networks", 1, where)), 1)
+    )
 
 
 def _trial_results(raw: Mapping[str, Any]) -> dict[str, bytes | None]:
-    results: dict[str, bytes | None] = {}
-    for trial, text in raw.items():
-        try:
-            results[trial] = None if text is None else base64.b64decode(text, validate=True)
-        except (binascii.Error, TypeError, ValueError) as error:
-            raise InvalidInput(f"job.json: trial_results['{trial}'] is not base64: {error}.") from error
-    return results
+    return {trial: None if text is None else _base64(trial, text) for trial, text in raw.items()}
+
+
+def _base64(trial: str, text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise InvalidInput(f"job.json: trial_results['{trial}'] is not base64: {error}.") from error
 
 
 def _incumbents(raw: Mapping[str, Any], base: Path) -> dict[str, Incumbent]:
