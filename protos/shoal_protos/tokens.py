@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 from shoal_protos.errors import InvalidInput
 
@@ -112,7 +113,7 @@ def decode(text: str) -> JoinToken:
 _COPY_AGAIN = "Copy it again, whole: one line, nothing left out."
 
 
-def _unpack(text: str) -> dict[str, object]:
+def _unpack(text: str) -> dict[str, Any]:
     if len(text) > MAX_TEXT:
         raise InvalidInput("The join token is too long.", _COPY_AGAIN)
     encoded = text[len(PREFIX) :]
@@ -129,7 +130,7 @@ def _unpack(text: str) -> dict[str, object]:
     return value
 
 
-def _text(value: object) -> str:
+def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} instead of text")
     return value
