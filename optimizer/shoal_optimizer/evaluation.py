@@ -1,0 +1,136 @@
+"""Accuracy with its error: the task's metric on a model's outputs and a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shoal_optimizer.targets.base import Exported, load_exported, run_instance
+
+if TYPE_CHECKING:
+    from shoal_agent.runtimes.base import Instance
+    from torch import nn
+
+    from shoal_optimizer.task import Task, TaskData
+
+Z95 = 1.959963984540054
+BOOTSTRAP_ROUNDS = 400
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value with its 95 % interval over `n` items.
+
+    `per_class` maps a label to (recall, n) for logits.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    per_class: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def standard_error(self) -> float:
+        return (self.high - self.low) / (2 * Z95)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the job's events carry it: value, low, high, n, metric and per_class."""
+        return {
+            "metric": self.metric,
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "n": self.n,
+            "per_class": {name: {"recall": r, "n": n} for name, (r, n) in self.per_class.items()},
+        }
+
+
+def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a share; (0, 1) without data."""
+    if n == 0:
+        return 0.0, 1.0
+    share, spread = successes / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(
+    measure: Callable[[np.ndarray], float], n: int, *, seed: int = 0, rounds: int = BOOTSTRAP_ROUNDS
+) -> tuple[float, float]:
+    """Percentile interval of `measure(indices)` over items drawn with replacement."""
+    random = np.random.default_rng(seed)
+    values = [measure(random.integers(0, n, n)) for _ in range(rounds)]
+    finite = np.array([value for value in values if math.isfinite(value)])
+    if not len(finite):
+        return -math.inf, math.inf
+    return float(np.quantile(finite, 0.025)), float(np.quantile(finite, 0.975))
+
+
+def score(task: Task, outputs: np.ndarray, targets: np.ndarray) -> Score:
+    """The task's metric of endpoint outputs [n, ...] against targets [n, ...].
+
+    Raises:
+        InvalidInput: the metric raises or gives no finite number.
+    """
+    value = task.measured(outputs, targets)
+    n = len(targets)
+    if task.counts_correct:
+        low, high = wilson(value * n, n)
+    else:
+        # A resample may lack what the metric needs (one class only): those rounds do not count.
+        def resampled(indices: np.ndarray) -> float:
+            try:
+                return float(task.metric(outputs[indices], targets[indices]))
+            except Exception:
+                return math.nan
+
+        low, high = bootstrap(resampled, n, seed=task.seed)
+    return Score(
+        task.metric_name, value, min(low, value), max(high, value), n, recalls(task, outputs, targets)
+    )
+
+
+def recalls(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, tuple[float, int]]:
+    """label -> (recall, n) of each class that occurs; empty unless the outputs are logits of classes."""
+    if (
+        task.output_kind != "logits"
+        or targets.ndim != 1
+        or targets.dtype.kind not in "iu"
+        or outputs.ndim != 2
+    ):
+        return {}
+    right = outputs.argmax(axis=-1) == targets
+    found = {}
+    for index in np.unique(targets):
+        mask = targets == index
+        name = task.labels[index] if 0 <= index < len(task.labels) else str(index)
+        found[str(name)] = (float(right[mask].mean()), int(mask.sum()))
+    return found
+
+
+def evaluate_model(task: Task, model: nn.Module | None, data: TaskData | None = None) -> Score:
+    """Scores a torch model (or an ONNX task's file) by torch itself, on the evaluation data by default."""
+    data = data or task.required("evaluation")
+    return score(task, task.predict(model, data.inputs), data.targets)  # type: ignore[arg-type]
+
+
+def evaluate_instance(task: Task, instance: Instance, data: TaskData | None = None) -> Score:
+    """Scores a model loaded by one of the agent's runtimes: what devices will answer."""
+    data = data or task.required("evaluation")
+    return score(task, run_instance(instance, task.signature, data.inputs), data.targets)
+
+
+def evaluate_exported(task: Task, exported: Exported, data: TaskData | None = None) -> Score:
+    """Loads exported files, scores them and closes them again."""
+    instance = load_exported(exported)
+    try:
+        return evaluate_instance(task, instance, data)
+    finally:
+        instance.close()

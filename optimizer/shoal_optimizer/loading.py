@@ -1,0 +1,253 @@
+"""From a file to a Task: a Python file with one Task class, or an ONNX file with its `.npz`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shoal_optimizer.task import Items, Task, TaskData, TaskFiles
+from shoal_optimizer.tensors import numpy_dtype
+from shoal_protos.bundle import TensorSpec, digest_of_file
+from shoal_protos.errors import InvalidInput, Unsupported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ONNX_DATATYPES = {1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 9: "BOOL",
+                   10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64"}  # fmt: skip
+
+
+def load_python_task(path: Path) -> Task:
+    """Imports `path` and makes an instance of its one Task class.
+
+    Raises:
+        InvalidInput: importing raises, there is no Task class or more than one, a declaration is
+            wrong, or a file that it names is missing.
+    """
+    module = _import(path)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+    ]
+    if not found:
+        raise InvalidInput(
+            f"{path.name} has no Task.", "Write a class that derives from shoal_optimizer.Task."
+        )
+    if len(found) > 1:
+        names = ", ".join(sorted(kind.__name__ for kind in found))
+        raise InvalidInput(f"{path.name} has several tasks: {names}.", "Keep one in a file.")
+    try:
+        task = found[0]()
+    except Exception as error:
+        raise InvalidInput(
+            f"{found[0].__name__}() raised {type(error).__name__}: {error}.", "A task takes no arguments."
+        ) from error
+    task.directory, task.source = path.parent, path
+    check_declarations(task)
+    return task
+
+
+def _import(path: Path) -> Any:
+    # A stable name, so that a stored module of this task finds its classes again in another process.
+    name = f"shoal_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InvalidInput(f"{path.name} is neither a Python nor an ONNX file.", "Give a .py or .onnx file.")
+    module = importlib.util.module_from_spec(spec)
+    previous = sys.modules.get(name)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # the task's own `files` may be modules
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(name, None)
+        if previous is not None:
+            sys.modules[name] = previous
+        raise InvalidInput(
+            f"Importing {path.name} raised {type(error).__name__}: {error}.",
+            f"Run `python {path.name}` to see the whole traceback.",
+        ) from error
+    return module
+
+
+def check_declarations(task: Task) -> None:
+    """Checks what a task declares, before any of its methods runs. Raises InvalidInput."""
+    kind = type(task).__name__
+    spec = getattr(task, "input", None)
+    if not isinstance(spec, TensorSpec):
+        raise InvalidInput(
+            f"{kind}.input is not declared.",
+            'Write input = TensorSpec("image", "UINT8", (-1, 32, 32, 3), "NHWC", 0, 255).',
+        )
+    numpy_dtype(spec.datatype)
+    if len(spec.shape) < 2 or spec.shape[0] != -1:
+        raise InvalidInput(f"{kind}.input has shape {spec.shape}.", "Start with -1, the batch dimension.")
+    for field, value, known in (
+        ("input_kind", task.input_kind, ("image", "audio", "series", "tensor")),
+        ("output_kind", task.output_kind, ("logits", "values")),
+    ):
+        if value not in known:
+            raise InvalidInput(f"{kind}.{field} is {value!r}.", f"Use one of {', '.join(known)}.")
+    if isinstance(task.files, str):
+        raise InvalidInput(f"{kind}.files is one string.", f"Write files = [{task.files!r}].")
+    for name in task.files:
+        path = (task.directory / name).resolve()
+        if not path.is_relative_to(task.directory.resolve()):
+            raise InvalidInput(f"{kind}.files names '{name}', outside the task's folder.", "Move it beside.")
+        if not path.exists():
+            raise InvalidInput(
+                f"{kind}.files names '{name}', which is missing.",
+                f"Put it into {task.directory} or take it off the list.",
+            )
+
+
+class OnnxTask(Task):
+    """An ONNX file and an `.npz` with arrays `inputs` and `targets`: converted and quantized, not trained.
+
+    Optional arrays: `labels` (text), `calibration` (inputs). Without it half of the items calibrate
+    and the other half evaluate.
+    """
+
+    def __init__(self, path: Path, data: Path | None) -> None:
+        self.source = path
+        self.directory = path.parent
+        self._data_file = data or path.with_suffix(".npz")
+        self._declare()
+
+    @property
+    def onnx_file(self) -> Path:
+        return self.stored_weights or self.source
+
+    @property
+    def label(self) -> str:
+        return self.source.stem
+
+    @property
+    def has_module(self) -> bool:
+        return False
+
+    @cached_property
+    def original(self) -> nn.Module:
+        raise Unsupported(
+            f"{self.source.name} is an ONNX file: it cannot be pruned or trained.",
+            "Push a Python task with the torch module to prune and distil.",
+        )
+
+    def _declare(self) -> None:
+        import onnx
+
+        try:
+            graph = onnx.load(str(self.onnx_file)).graph
+        except Exception as error:
+            raise InvalidInput(
+                f"{self.source.name} is no ONNX model: {error}.", "Export it again."
+            ) from error
+        constants = {item.name for item in graph.initializer}
+        inputs = [item for item in graph.input if item.name not in constants]
+        if len(inputs) != 1 or len(graph.output) != 1:
+            raise InvalidInput(
+                f"{self.source.name} has {len(inputs)} inputs and {len(graph.output)} outputs.",
+                "Export a model with one of each.",
+            )
+        self.input = _spec(inputs[0])  # type: ignore[misc]
+        stored = self._arrays()
+        targets = stored["targets"]
+        classes = targets.ndim == 1 and targets.dtype.kind in "iu"
+        self.output_kind = "logits" if classes else "values"  # type: ignore[misc]
+        self.output = _spec(graph.output[0])  # type: ignore[misc]
+        self.input_kind = "image" if len(self.input.shape) == 4 else "tensor"  # type: ignore[misc]
+        if "labels" in stored:
+            self.labels = tuple(str(name) for name in stored["labels"])  # type: ignore[misc]
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        try:
+            with np.load(self._data_file, allow_pickle=False) as stored:
+                arrays = dict(stored)
+        except (OSError, ValueError) as error:
+            raise InvalidInput(
+                f"The data file '{self._data_file.name}' of {self.source.name} cannot be read: {error}.",
+                "Put an .npz of the same name beside the ONNX file, with arrays `inputs` and `targets`.",
+            ) from error
+        if "evaluation:inputs" in arrays:  # what `save_data` wrote
+            return {
+                "inputs": arrays["evaluation:inputs"],
+                "targets": arrays["evaluation:targets"],
+                "calibration": arrays["calibration:inputs"],
+            }
+        missing = [name for name in ("inputs", "targets") if name not in arrays]
+        if missing:
+            raise InvalidInput(f"'{self._data_file.name}' lacks the array '{missing[0]}'.", "Add it.")
+        return arrays
+
+    def evaluation(self) -> Items:
+        stored = self._arrays()
+        start = 0 if "calibration" in stored else len(stored["inputs"]) // 2
+        return stored["inputs"][start:], stored["targets"][start:]  # type: ignore[return-value]
+
+    def calibration(self) -> Items:
+        stored = self._arrays()
+        inputs = stored.get("calibration", stored["inputs"][: len(stored["inputs"]) // 2])
+        return inputs, np.zeros(len(inputs), np.int64)  # type: ignore[return-value]
+
+    def _load_split(self, split: str) -> TaskData | None:
+        kept, self.stored_data = self.stored_data, None  # `_arrays` reads both layouts
+        try:
+            return super()._load_split(split)
+        finally:
+            self.stored_data = kept
+
+    def predict(self, model: Any, inputs: np.ndarray, batch: int = 256) -> np.ndarray:
+        """Outputs of the ONNX file itself; `model` is ignored, since there is no torch module."""
+        import onnxruntime
+
+        def forward() -> np.ndarray:
+            session = onnxruntime.InferenceSession(str(self.onnx_file), providers=["CPUExecutionProvider"])
+            name = session.get_inputs()[0].name
+            fixed = session.get_inputs()[0].shape[0]
+            step = fixed if isinstance(fixed, int) else batch
+            parts = [session.run(None, {name: inputs[i : i + step]})[0] for i in range(0, len(inputs), step)]
+            return np.concatenate(parts)
+
+        return self.guard("model", forward)
+
+    def _probe_outputs(self) -> np.ndarray:
+        return self.predict(None, self.required("evaluation").inputs[:2])
+
+    def save(self, directory: Path, model: nn.Module | None = None) -> TaskFiles:
+        directory.mkdir(parents=True, exist_ok=True)
+        files = TaskFiles(directory / "weights.onnx", directory / "data.npz")
+        files.weights.write_bytes(self.onnx_file.read_bytes())
+        self.save_data(files.data)
+        return files
+
+    @cached_property
+    def weights_digest(self) -> str:
+        return digest_of_file(self.onnx_file)
+
+
+def load_onnx_task(path: Path, data: Path | None) -> OnnxTask:
+    """Raises InvalidInput when the ONNX or its data cannot be read."""
+    task = OnnxTask(path, data)
+    check_declarations(task)
+    return task
+
+
+def _spec(value: Any) -> TensorSpec:
+    tensor = value.type.tensor_type
+    datatype = _ONNX_DATATYPES.get(tensor.elem_type)
+    if datatype is None:
+        raise InvalidInput(f"'{value.name}' has an unusual element type.", "Use a plain number type.")
+    dims = [dim.dim_value or -1 for dim in tensor.shape.dim]
+    if len(dims) < 2 or dims[0] != -1 or -1 in dims[1:]:
+        raise InvalidInput(
+            f"'{value.name}' has shape {dims}.",
+            "Export with a dynamic batch dimension first and fixed others.",
+        )
+    return TensorSpec(value.name, datatype, tuple(dims))

@@ -1,0 +1,265 @@
+"""What an endpoint asks for: constraints and what to minimise. Pure, no torch, no IO.
+
+    accuracy>=0.97, latency_p95<=5ms, memory<=64MB; minimise size
+
+Metrics: `accuracy` (the task's metric, 1 = perfect, `%` allowed), `latency_p50`, `latency_p95`
+(us, ms, s; plain numbers are ms), `memory`, `size` (B, kB, MB, GB, KiB, MiB, GiB; plain numbers are
+bytes). Constraints are joined by commas; after the semicolon comes the goal, or several in order of
+importance: `minimise latency_p95, size`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shoal_protos.errors import InvalidInput
+
+ACCURACY = "accuracy"
+METRICS = (ACCURACY, "latency_p50", "latency_p95", "memory", "size")
+DEFAULT = "accuracy>=0; minimise latency_p95"
+_TIE_BREAK = ("accuracy", "latency_p95", "size", "memory")
+
+_TIME = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "": 1.0}
+_BYTES = {
+    "": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9,
+    "kib": 1024.0, "mib": 1024.0**2, "gib": 1024.0**3,
+}  # fmt: skip
+_SHARE = {"": 1.0, "%": 0.01}
+_UNITS = {"accuracy": _SHARE, "latency_p50": _TIME, "latency_p95": _TIME, "memory": _BYTES, "size": _BYTES}
+
+_CONSTRAINT = re.compile(r"([a-z][a-z0-9_]*)\s*(>=|<=|==|=|>|<)\s*([^\s<>=]+(?:\s*[^\s<>=]+)?)")
+_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-zA-Zµ%]*)")
+_GOAL = re.compile(r"(minimi[sz]e|maximi[sz]e)\s+(.+)", re.DOTALL)
+_EXAMPLE = "Write it like: accuracy>=0.97, latency_p95<=5ms; minimise size"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on one metric, in ms, bytes or the metric's own unit: a floor for accuracy, else a ceiling."""
+
+    metric: str
+    bound: float
+
+    @property
+    def operator(self) -> str:
+        return ">=" if self.metric == ACCURACY else "<="
+
+    def excess(self, value: float) -> float:
+        """How far `value` misses the bound, as a share of it; 0 when it is met."""
+        missed = self.bound - value if self.metric == ACCURACY else value - self.bound
+        return max(0.0, missed) / max(abs(self.bound), 1e-12)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.operator} {show(self.metric, self.bound)}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate: metric -> value (ms, bytes); None or absent = unmeasured."""
+
+    key: str
+    values: Mapping[str, float | None] = field(default_factory=dict)
+
+    def get(self, metric: str) -> float | None:
+        value = self.values.get(metric)
+        return None if value is None or math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The point to use, why, and all points best first.
+
+    `feasible` is True only when every constraint is measured and met. `missed` maps the constraints that
+    the chosen point does not meet to the excess as a share of the bound (NaN = unmeasured).
+    """
+
+    key: str
+    feasible: bool
+    sentence: str
+    ranked: tuple[str, ...]
+    missed: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Constraints, then goals in order of importance."""
+
+    constraints: tuple[Constraint, ...] = ()
+    goals: tuple[str, ...] = ("latency_p95",)
+
+    def __str__(self) -> str:
+        bounds = ", ".join(f"{c.metric}{c.operator}{_exact(c.metric, c.bound)}" for c in self.constraints)
+        verb = "maximise" if self.goals[0] == ACCURACY else "minimise"
+        goal = f"{verb} {', '.join(self.goals)}"
+        return f"{bounds}; {goal}" if bounds else goal
+
+    def missed(self, point: Point) -> dict[str, float]:
+        """metric -> excess of each constraint that the point does not meet; NaN = unmeasured."""
+        found = {}
+        for constraint in self.constraints:
+            value = point.get(constraint.metric)
+            excess = math.nan if value is None else constraint.excess(value)
+            if excess != 0.0:
+                found[constraint.metric] = excess
+        return found
+
+    def feasible(self, point: Point) -> bool:
+        """True when every constraint is measured and met."""
+        return not self.missed(point)
+
+    def distance(self, point: Point) -> float:
+        """0 for feasible points; else the sum of excesses, unmeasured ones not counted."""
+        return sum(excess for excess in self.missed(point).values() if not math.isnan(excess))
+
+    def rank(self, points: Iterable[Point]) -> list[Point]:
+        """Feasible points first, then those with unmeasured constraints, then by distance."""
+        return sorted(points, key=self._order)
+
+    def _order(self, point: Point) -> tuple[float | int | str, ...]:
+        missed, distance = self.missed(point), self.distance(point)
+        group = 0 if not missed else 1 if distance == 0.0 else 2
+        by_goal = (_cost(point, metric) for metric in (*self.goals, *_TIE_BREAK))
+        return (group, distance, *by_goal, point.key)
+
+    def choose(self, points: Iterable[Point]) -> Choice:
+        """The feasible point that is best by the goals, else the nearest infeasible one with the reason.
+
+        Raises:
+            InvalidInput: there are no points.
+        """
+        ranked = self.rank(points)
+        if not ranked:
+            raise InvalidInput("There is nothing to choose from.", "Convert or search variants first.")
+        best = ranked[0]
+        missed = self.missed(best)
+        return Choice(best.key, not missed, self._sentence(best, missed, len(ranked)), _keys(ranked), missed)
+
+    def _sentence(self, best: Point, missed: Mapping[str, float], count: int) -> str:
+        goal = self.goals[0]
+        figure = show(goal, best.get(goal))
+        if not missed:
+            met = " and meets " + ", ".join(map(str, self.constraints)) if self.constraints else ""
+            extreme = "highest" if goal == ACCURACY else "lowest"
+            return f"{best.key} has the {extreme} {goal} of {count} ({figure}){met}."
+        reasons = []
+        for constraint in self.constraints:
+            if constraint.metric in missed:
+                value = best.get(constraint.metric)
+                state = "is unmeasured" if value is None else f"is {show(constraint.metric, value)}"
+                reasons.append(f"its {constraint.metric} {state}, wanted {constraint}")
+        lead = (
+            "No variant is known to meet the objective yet"
+            if all(math.isnan(excess) for excess in missed.values())
+            else f"None of {count} meets the objective"
+        )
+        return f"{lead}; {best.key} comes nearest: {'; '.join(reasons)}."
+
+
+def _keys(points: list[Point]) -> tuple[str, ...]:
+    return tuple(point.key for point in points)
+
+
+def _cost(point: Point, metric: str) -> float:
+    value = point.get(metric)
+    if value is None:
+        return math.inf
+    return -value if metric == ACCURACY else value
+
+
+def show(metric: str, value: float | None) -> str:
+    """A figure with its unit, for people: '0.97', '4.2 ms', '64 MB', 'unmeasured'."""
+    if value is None:
+        return "unmeasured"
+    if metric == ACCURACY:
+        return f"{value:.4g}"
+    if metric.startswith("latency"):
+        return f"{value * 1e3:.3g} µs" if value < 1 else f"{value:.4g} ms"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.4g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _exact(metric: str, value: float) -> str:
+    unit = "" if metric == ACCURACY else "ms" if metric.startswith("latency") else "B"
+    return f"{value!r}{unit}"
+
+
+# ---------------------------------------------------------------------------- parsing
+
+
+def parse(text: str) -> Objective:
+    """Reads an objective; "" gives the default.
+
+    Raises:
+        InvalidInput: unknown metric or unit, wrong direction, a bound that nothing can meet, a metric
+            bounded twice, or contradicting goals.
+    """
+    if not text.strip():
+        text = DEFAULT
+    if len(text) > 1000:
+        raise InvalidInput("The objective is longer than 1000 characters.", _EXAMPLE)
+    constraints: list[Constraint] = []
+    goals: list[str] = []
+    for part in re.split(r"[;\n]", text.strip()):
+        goal = _GOAL.fullmatch(part.strip())
+        if goal:
+            goals.extend(_parse_goals(goal.group(1), goal.group(2)))
+        else:
+            constraints.extend(_parse_constraint(item) for item in part.split(",") if item.strip())
+    _refuse_twice([c.metric for c in constraints], "bounds")
+    _refuse_twice(goals, "names as a goal")
+    return Objective(tuple(constraints), tuple(goals) or ("latency_p95",))
+
+
+def _parse_goals(verb: str, names: str) -> list[str]:
+    goals = [_metric(name.strip()) for name in names.split(",")]
+    for metric in goals:
+        wanted = "maximi" if metric == ACCURACY else "minimi"
+        if not verb.startswith(wanted) and (metric == ACCURACY) == (metric == goals[0]):
+            raise InvalidInput(f"'{verb} {metric}' makes models worse.", f"Write {wanted}se {metric}.")
+    return goals
+
+
+def _parse_constraint(text: str) -> Constraint:
+    match = _CONSTRAINT.fullmatch(text.strip().replace("≥", ">=").replace("≤", "<="))
+    if match is None:
+        raise InvalidInput(f"'{text.strip()[:80]}' is neither a constraint nor a goal.", _EXAMPLE)
+    metric, operator, quantity = _metric(match.group(1)), match.group(2), match.group(3)
+    wanted = ">=" if metric == ACCURACY else "<="
+    if operator != wanted:
+        raise InvalidInput(f"'{text.strip()}' cannot be used.", f"Write {metric}{wanted}{quantity}.")
+    bound = _quantity(metric, quantity)
+    if metric == ACCURACY and bound > 1:
+        raise InvalidInput(f"No model reaches {metric} {bound:g}.", "1 is perfect; write 0.97 or 97%.")
+    if metric != ACCURACY and bound <= 0:
+        raise InvalidInput(f"No model reaches {metric} <= {quantity.strip()}.", "Give a bound above 0.")
+    return Constraint(metric, bound)
+
+
+def _metric(name: str) -> str:
+    if name not in METRICS:
+        raise InvalidInput(f"'{name[:40]}' is not a metric.", f"Use one of {', '.join(METRICS)}.")
+    return name
+
+
+def _quantity(metric: str, text: str) -> float:
+    match = _QUANTITY.fullmatch(text.strip())
+    units = _UNITS[metric]
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in units:
+        known = ", ".join(name for name in units if name) or "a plain number"
+        raise InvalidInput(f"'{text.strip()[:40]}' is no value of {metric}.", f"Use a number with: {known}.")
+    value = float(match.group(1)) * units[unit]
+    if not math.isfinite(value):
+        raise InvalidInput(f"'{text.strip()[:40]}' is too large.", "Give a finite bound.")
+    return value
+
+
+def _refuse_twice(metrics: list[str], verb: str) -> None:
+    for metric in metrics:
+        if metrics.count(metric) > 1:
+            raise InvalidInput(f"The objective {verb} {metric} twice.", "Keep one.")

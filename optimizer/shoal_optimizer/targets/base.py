@@ -1,0 +1,250 @@
+"""What every target has in common: a torch model and its task in, deployable files out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from shoal_protos.bundle import BundleConfig, RuntimeNeed, Signature, open_bundle, write_bundle
+from shoal_protos.errors import InvalidInput, NotFound, ShoalError, Unsupported
+
+if TYPE_CHECKING:
+    from shoal_agent.runtimes.base import Instance
+    from torch import nn
+
+    from shoal_optimizer.task import Task
+
+PRECISIONS = ("fp32", "int8")
+PARITY_ITEMS = 64
+_VNNI = ("avx512_vnni", "avx_vnni")
+
+
+@dataclass(frozen=True)
+class ClassSpec:
+    """What a target must know of a profile class.
+
+    Attributes:
+        isa: features that every device of the class has ("avx2", "avx512_vnni", "neon"...).
+        runtimes: name -> version.
+        local: this machine is of the class, so what it measures holds for it.
+    """
+
+    name: str
+    isa: frozenset[str] = frozenset()
+    runtimes: Mapping[str, str] = field(default_factory=dict)
+    local: bool = False
+
+    @classmethod
+    def of(cls, name: str, isa: Iterable[str], runtimes: Mapping[str, str], local: bool = False) -> ClassSpec:
+        return cls(name, frozenset(isa), dict(runtimes), local)
+
+    @property
+    def arm(self) -> bool:
+        return self.name.startswith(("aarch64", "arm")) or "neon" in self.isa
+
+    @property
+    def vnni(self) -> str:
+        """The int8 dot-product feature of an x86 class, "" when it has none."""
+        return next((feature for feature in _VNNI if feature in self.isa), "")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Endpoint inputs [n, ...] to choose int8 ranges from, and how: "minmax", "percentile" or "entropy"."""
+
+    inputs: np.ndarray
+    method: str = "minmax"
+    exclude: tuple[str, ...] = ()  # names of torch modules or ONNX nodes that stay fp32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A deployable form of one model.
+
+    Attributes:
+        files: title -> content; `runtime.model_file` names the one to load.
+        facts: figures of the export: "parity_max" (largest difference from torch on real data, in
+            output units), "parity_agreement" (share of equal arg-max), "int8_share" (None = fp32 asked).
+    """
+
+    files: Mapping[str, bytes]
+    runtime: RuntimeNeed
+    precision: str
+    signature: Signature
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_file(self) -> str:
+        return self.runtime.model_file
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the model files, uncompressed."""
+        return sum(len(content) for content in self.files.values())
+
+    @cached_property
+    def wire_bytes(self) -> int:
+        """Bytes of the model files, each gzip-compressed at level 9."""
+        return sum(compressed_size(content) for content in self.files.values())
+
+
+def compressed_size(content: bytes) -> int:
+    """Bytes after gzip at level 9: the unit of every size ratio."""
+    import gzip
+
+    return len(gzip.compress(content, 9, mtime=0))
+
+
+class Target(ABC):
+    """A runtime's format. The base class owns limits, errors and the parity check."""
+
+    name: ClassVar[str]  # the runtime's name, as in profiles
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+
+    @abstractmethod
+    def convert(
+        self,
+        model: nn.Module | None,
+        task: Task,
+        precision: str,
+        calibration: Calibration | None,
+        class_spec: ClassSpec,
+    ) -> Exported:
+        """Makes the files. `model` is None when the task is an ONNX file."""
+
+    def serves(self, class_spec: ClassSpec) -> bool:
+        """True when devices of the class have this target's runtime."""
+        return self.name in class_spec.runtimes
+
+    def export(
+        self,
+        model: nn.Module | None,
+        task: Task,
+        precision: str = "fp32",
+        calibration: Calibration | None = None,
+        class_spec: ClassSpec | None = None,
+    ) -> Exported:
+        """Converts, loads the result with the agent's own runtime and compares it with the torch model.
+
+        Raises:
+            InvalidInput: the model cannot be exported, or its converted form answers differently.
+            Unsupported: a precision that this target does not have.
+        """
+        if precision not in self.precisions:
+            raise Unsupported(
+                f"The target {self.name} has no precision '{precision}'.",
+                f"Use {', '.join(self.precisions)}.",
+            )
+        if precision == "int8" and calibration is None:
+            calibration = Calibration(task.calibration_data().inputs)
+        spec = class_spec or ClassSpec("any")
+        with _clear_errors(self.name):
+            exported = self.convert(model, task, precision, calibration, spec)
+        return check_parity(exported, model, task)
+
+
+class _clear_errors:
+    """Turns what a converter raises into an InvalidInput that names the model."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ShoalError):
+            first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+            raise InvalidInput(
+                f"The model cannot be exported for {self._target}: {type(error).__name__}: {first}",
+                "Avoid data-dependent control flow in forward(); `torch.export.export(model, (x,))` shows where.",
+            ) from error
+
+
+def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exported:
+    """Adds parity and int8 share to the facts. Raises InvalidInput when an fp32 export differs from torch."""
+    import dataclasses
+
+    inputs = task.required("evaluation").inputs[:PARITY_ITEMS]
+    wanted = task.predict(model, inputs)  # type: ignore[arg-type]
+    instance = load_exported(exported)
+    try:
+        got = run_instance(instance, exported.signature, inputs)
+        facts = instance.facts()
+    finally:
+        instance.close()
+    worst = (
+        float(np.max(np.abs(got.astype(np.float64) - wanted))) if got.shape == wanted.shape else float("inf")
+    )
+    scale = float(np.max(np.abs(wanted))) or 1.0
+    agreement = None
+    if exported.signature.output_kind == "logits" and got.shape == wanted.shape:
+        agreement = float(np.mean(got.argmax(-1) == wanted.argmax(-1)))
+    if exported.precision == "fp32" and not worst <= 1e-3 + 1e-2 * scale:
+        raise InvalidInput(
+            f"The model converted for {exported.runtime.name} answers differently: by {worst:.3g} on outputs "
+            f"up to {scale:.3g}.",
+            "Look for randomness or training-mode layers in forward().",
+        )
+    share = facts.int8_share if exported.precision == "int8" else None
+    return dataclasses.replace(
+        exported,
+        facts={
+            **exported.facts,
+            "parity_max": worst,
+            "parity_scale": scale,
+            "parity_agreement": agreement,
+            "parity_items": len(inputs),
+            "int8_share": share,
+        },
+    )
+
+
+def load_exported(exported: Exported, *, threads: int = 1) -> Instance:
+    """Loads exported files with the agent's runtime: what is measured is what will run."""
+    from shoal_agent import runtimes
+    from shoal_agent.runtimes.base import Options
+
+    folder = Path(tempfile.mkdtemp(prefix="shoal-load-"))
+    try:
+        config = BundleConfig(signature=exported.signature, runtime=exported.runtime)
+        digest = write_bundle(folder, config, exported.files)
+        bundle = open_bundle(folder, digest, verify=False)
+        return runtimes.find(exported.runtime.name).load(bundle, Options(threads=threads))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_instance(instance: Instance, signature: Signature, inputs: np.ndarray, batch: int = 64) -> np.ndarray:
+    """Outputs [n, ...] of the first output for endpoint inputs [n, ...]."""
+    name, answer = signature.inputs[0].name, signature.outputs[0].name
+    parts = [
+        np.array(instance.run({name: np.ascontiguousarray(inputs[start : start + batch])})[answer])
+        for start in range(0, len(inputs), batch)
+    ]
+    return np.concatenate(parts)
+
+
+def find(name: str) -> Target:
+    """The target named `name`. Raises NotFound, listing what is installed."""
+    for entry in entry_points(group="shoal.targets"):
+        if entry.name == name:
+            found: type[Target] = entry.load()
+            return found()
+    known = ", ".join(sorted(entry.name for entry in entry_points(group="shoal.targets")))
+    raise NotFound(f"There is no target '{name}'.", f"Installed targets: {known}.")
+
+
+def available(class_spec: ClassSpec) -> list[Target]:
+    """Every installed target whose runtime the class has, by name."""
+    names = sorted(entry.name for entry in entry_points(group="shoal.targets"))
+    return [target for target in map(find, names) if target.serves(class_spec)]

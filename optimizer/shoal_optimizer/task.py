@@ -1,0 +1,604 @@
+"""The task: the only code a user writes.
+
+A task names a trained model, the data to judge it by and the endpoint's signature. This module
+imports no torch; it is loaded when a task's model, loss or augmentation is used.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from shoal_optimizer.tensors import datatype_of, numpy_dtype
+from shoal_protos.bundle import Signature, TensorSpec, canonical_json, digest_of
+from shoal_protos.errors import InvalidInput, MissingExtra, ShoalError, Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SPLITS = ("calibration", "evaluation", "training", "holdout")
+STORED_SPLITS = ("calibration", "evaluation", "training")  # holdout is what Shoal never sees
+MAX_ITEMS = 2_000_000
+MAX_DATA_BYTES = 4 << 30  # per split
+
+_T = TypeVar("_T")
+Items = Iterable[tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One split, materialised: `inputs` [n, ...] in the signature's dtype, `targets` [n, ...]."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, indices: np.ndarray | Sequence[int] | slice) -> TaskData:
+        return TaskData(self.inputs[indices], self.targets[indices])
+
+    def sample(self, count: int, seed: int) -> TaskData:
+        """At most `count` items, chosen without replacement by `seed`, in their order."""
+        if count >= len(self):
+            return self
+        chosen = np.random.default_rng(seed).choice(len(self), count, replace=False)
+        return self.take(np.sort(chosen))
+
+    @cached_property
+    def digest(self) -> str:
+        """Content digest over both arrays, dtypes and shapes included."""
+        head = canonical_json(
+            [[str(a.dtype), [int(d) for d in a.shape]] for a in (self.inputs, self.targets)]
+        )
+        return digest_of(
+            head + np.ascontiguousarray(self.inputs).tobytes() + np.ascontiguousarray(self.targets).tobytes()
+        )
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """What an ingest stores by content: the trained module (or ONNX file) and the data."""
+
+    weights: Path
+    data: Path
+
+
+class Task:
+    """Base class of a user's task. Override what the model needs; the rest has defaults.
+
+    Class attributes:
+        input: the endpoint's input as applications send it: name, datatype, shape with -1 in the
+            batch dimension, layout, value range.
+        output: the endpoint's output; derived from the model when None.
+        files: names of files beside the task file that travel with it, and nothing else does.
+        labels: class names, in the order of the logits.
+        input_kind: "image", "audio", "series" or "tensor"; output_kind: "logits" or "values".
+    """
+
+    name: ClassVar[str] = ""
+    files: ClassVar[Sequence[str]] = ()
+    input: ClassVar[TensorSpec]
+    output: ClassVar[TensorSpec | None] = None
+    labels: ClassVar[Sequence[str]] = ()
+    input_kind: ClassVar[str] = "tensor"
+    output_kind: ClassVar[str] = "values"
+    color: ClassVar[str] = ""
+    resize: ClassVar[str] = ""
+    units: ClassVar[str] = ""
+
+    directory: Path = Path()  # where the task file and its files are
+    source: Path = Path()  # the task file itself
+    seed: int = 0
+    cache_dir: Path | None = None  # exported graphs and calibration ranges are kept here when set
+    stored_weights: Path | None = None  # set: `original` comes from there, not from `model()`
+    stored_data: Path | None = None
+
+    # ------------------------------------------------------------------ what a user writes
+
+    def model(self) -> nn.Module:
+        """The trained module. Gets `preprocess`'s output, gives logits or values."""
+        raise NotImplementedError
+
+    def calibration(self) -> Items | None:
+        """Inputs to choose int8 ranges from; None = some of the training data."""
+        return None
+
+    def evaluation(self) -> Items:
+        """The data that accuracy is measured on."""
+        raise NotImplementedError
+
+    def training(self) -> Items | None:
+        """The data for fine-tuning; None = conversion and quantization only."""
+        return None
+
+    def holdout(self) -> Items | None:
+        """Data that Shoal never sees; `shoal demo` sends it as traffic."""
+        return None
+
+    def preprocess(self) -> nn.Module | None:
+        """From the endpoint's input to the model's input; goes into every variant, never quantized."""
+        return None
+
+    def postprocess(self) -> nn.Module | None:
+        """From the model's output to the endpoint's output; goes into every variant."""
+        return None
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """Random training-time changes of a float32 batch of endpoint inputs (before preprocess)."""
+        return inputs
+
+    def metric(self, outputs: np.ndarray, targets: np.ndarray) -> float:
+        """Higher is better. Default: share of right answers for logits, R squared for values."""
+        if self.output_kind == "logits":
+            return float(np.mean(outputs.argmax(axis=-1) == targets))
+        residual = float(np.sum((np.asarray(outputs, np.float64).reshape(targets.shape) - targets) ** 2))
+        total = float(np.sum((targets - targets.mean(axis=0)) ** 2))
+        return 1.0 - residual / total if total else float("nan")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Fine-tuning loss of the model's outputs (before postprocess). Default by output kind."""
+        from torch.nn import functional
+
+        if self.output_kind == "logits":
+            return functional.cross_entropy(outputs, targets.long())
+        return functional.mse_loss(outputs, targets.reshape(outputs.shape).to(outputs.dtype))
+
+    # ------------------------------------------------------------------ what Shoal calls
+
+    @property
+    def label(self) -> str:
+        """The model's name for people and registries."""
+        return self.name or type(self).__name__.lower()
+
+    @property
+    def has_module(self) -> bool:
+        """True when there is a torch module; an ONNX file can only be converted and quantized."""
+        return True
+
+    @property
+    def trainable(self) -> bool:
+        """True when there is a torch module and data to fine-tune it with."""
+        return self.has_module and self.data("training") is not None
+
+    @property
+    def metric_name(self) -> str:
+        if type(self).metric is not Task.metric:
+            return "metric"
+        return "accuracy" if self.output_kind == "logits" else "r2"
+
+    @property
+    def counts_correct(self) -> bool:
+        """True when the metric is a share of right answers, so a binomial interval holds."""
+        return self.metric_name == "accuracy"
+
+    @cached_property
+    def _splits(self) -> dict[str, TaskData | None]:
+        return {}
+
+    def data(self, split: str) -> TaskData | None:
+        """A split, materialised once; None when the task has none.
+
+        Raises:
+            InvalidInput: the method raises, is empty, or gives wrong shapes, types or values.
+        """
+        if split not in self._splits:
+            self._splits[split] = self._load_split(split)
+        return self._splits[split]
+
+    def required(self, split: str) -> TaskData:
+        """Like `data`, refusing a task that has no such split."""
+        found = self.data(split)
+        if found is None:
+            raise InvalidInput(
+                f"{type(self).__name__}.{split}() gives no data.",
+                f"Return an iterable of (inputs, target) pairs from {split}().",
+            )
+        return found
+
+    def calibration_data(self, count: int = 300) -> TaskData:
+        """Up to `count` items for int8 ranges: `calibration()`, else training, else evaluation data."""
+        found = self.data("calibration") or self.data("training") or self.required("evaluation")
+        return found.sample(count, self.seed)
+
+    def _load_split(self, split: str) -> TaskData | None:
+        if self.stored_data is not None and split in STORED_SPLITS:
+            return _read_split(self.stored_data, split)
+        with seeded(self.seed):
+            items = self.guard(f"{split}()", getattr(self, split))
+            if items is None:
+                return None
+            return materialise(items, self.input, f"{type(self).__name__}.{split}()", self.guard)
+
+    def guard(self, field: str, call: Callable[[], _T]) -> _T:
+        """Runs the user's code; what it raises becomes an InvalidInput that names `field`."""
+        try:
+            return call()
+        except ShoalError:
+            raise
+        except NotImplementedError as error:
+            raise InvalidInput(
+                f"{type(self).__name__}.{field} is not implemented.", f"Write {field} in the task file."
+            ) from error
+        except FileNotFoundError as error:
+            raise InvalidInput(
+                f"{type(self).__name__}.{field} found no file '{error.filename}'.",
+                "Put it beside the task file and name it in `files`.",
+            ) from error
+        except Exception as error:
+            raise InvalidInput(
+                f"{type(self).__name__}.{field} raised {type(error).__name__}: {error}.",
+                "Run the task file by itself to see the whole traceback.",
+            ) from error
+
+    @cached_property
+    def original(self) -> nn.Module:
+        """The trained module in evaluation mode. Copy it before changing it.
+
+        Raises:
+            InvalidInput: `model()` raises or gives no module.
+        """
+        torch = require_torch()
+        if self.stored_weights is not None:
+            module = load_module(self.stored_weights)
+        else:
+            with seeded(self.seed):
+                module = self.guard("model()", self.model)
+        if not isinstance(module, torch.nn.Module):
+            raise InvalidInput(
+                f"{type(self).__name__}.model() gives {type(module).__name__}, not a torch.nn.Module.",
+                "Return the trained module itself.",
+            )
+        return module.float().eval()
+
+    @cached_property
+    def pre(self) -> nn.Module:
+        """`preprocess()`, or a cast to float32 when there is none."""
+        return self._part("preprocess")
+
+    @cached_property
+    def post(self) -> nn.Module:
+        """`postprocess()`, or nothing."""
+        return self._part("postprocess")
+
+    def _part(self, name: str) -> nn.Module:
+        torch = require_torch()
+        module = self.guard(f"{name}()", getattr(self, name))
+        if module is None:
+            from shoal_optimizer.modules import ToFloat
+
+            return ToFloat() if name == "preprocess" else torch.nn.Identity()
+        if not isinstance(module, torch.nn.Module):
+            raise InvalidInput(
+                f"{type(self).__name__}.{name}() gives {type(module).__name__}.",
+                "Return a torch.nn.Module, or None.",
+            )
+        return module.eval()
+
+    def pipeline(self, model: nn.Module) -> nn.Module:
+        """preprocess, `model`, postprocess as one module in evaluation mode: what is exported."""
+        from torch import nn
+
+        return nn.Sequential(self.pre, model, self.post).eval()
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The endpoint's signature, the output's shape taken from the model when not declared.
+
+        Raises:
+            InvalidInput: the model cannot run on the data, or contradicts the declaration.
+        """
+        outputs = self._probe_outputs()
+        declared = self.output or TensorSpec(
+            name="logits" if self.output_kind == "logits" else "values",
+            datatype=datatype_of(outputs.dtype),
+            shape=(-1, *outputs.shape[1:]),
+        )
+        _check_output(self, declared, outputs)
+        return Signature(
+            inputs=(self.input,),
+            outputs=(declared,),
+            input_kind=self.input_kind,
+            output_kind=self.output_kind,
+            labels=tuple(self.labels),
+            color=self.color,
+            resize=self.resize,
+            units=self.units,
+        )
+
+    def _probe_outputs(self) -> np.ndarray:
+        return self.predict(self.original, self.required("evaluation").inputs[:2])
+
+    def predict(self, model: nn.Module, inputs: np.ndarray, batch: int = 256) -> np.ndarray:
+        """Endpoint outputs [n, ...] of a torch model for endpoint inputs [n, ...], by torch itself."""
+        torch = require_torch()
+        pipeline = self.pipeline(model)
+
+        def forward() -> np.ndarray:
+            parts = []
+            with torch.inference_mode():
+                for start in range(0, len(inputs), batch):
+                    output = pipeline(torch.from_numpy(np.ascontiguousarray(inputs[start : start + batch])))
+                    parts.append(output.numpy())
+            return np.concatenate(parts)
+
+        return self.guard("model()", forward)
+
+    def measured(self, outputs: np.ndarray, targets: np.ndarray) -> float:
+        """The metric, refused unless it is a finite number.
+
+        Raises:
+            InvalidInput: `metric()` raises, or gives NaN, infinity or no number.
+        """
+        value = self.guard("metric()", lambda: self.metric(outputs, targets))
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise InvalidInput(
+                f"{type(self).__name__}.metric() gives {value!r}.",
+                "Return one finite number, higher meaning better; look for NaN in the model's outputs.",
+            )
+        return number
+
+    def save(self, directory: Path, model: nn.Module | None = None) -> TaskFiles:
+        """Writes what later jobs need: weights (of `model`, else the original) and data."""
+        directory.mkdir(parents=True, exist_ok=True)
+        files = TaskFiles(directory / "weights.pt", directory / "data.npz")
+        save_module(self.original if model is None else model, files.weights)
+        self.save_data(files.data)
+        return files
+
+    def save_data(self, path: Path) -> None:
+        """Writes the stored splits to one `.npz`; equal data give equal bytes."""
+        arrays: dict[str, np.ndarray] = {}
+        for split in STORED_SPLITS:
+            data = self.data(split)
+            if data is not None:
+                arrays[f"{split}:inputs"] = data.inputs
+                arrays[f"{split}:targets"] = data.targets
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Digest over the stored splits: part of every variant's lineage."""
+        found = {split: self.data(split) for split in STORED_SPLITS}
+        return digest_of(canonical_json({k: v.digest for k, v in found.items() if v is not None}))
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def load_task(
+    path: Path | str,
+    *,
+    seed: int = 0,
+    weights: Path | None = None,
+    data: Path | None = None,
+) -> Task:
+    """Imports the task in a Python file, or makes one of an ONNX file with its `.npz`.
+
+    Args:
+        weights, data: files that `Task.save` wrote; then `model()` and the data methods are not called.
+
+    Raises:
+        InvalidInput: the file is missing, raises, holds no Task or several, or names missing files.
+    """
+    from shoal_optimizer.loading import load_onnx_task, load_python_task
+
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise InvalidInput(f"There is no task file '{path}'.", "Check the path; `shoal task new` makes one.")
+    task = load_onnx_task(path, data) if path.suffix == ".onnx" else load_python_task(path)
+    task.seed = seed
+    task.stored_weights, task.stored_data = weights, data
+    return task
+
+
+def require_torch() -> Any:
+    """The torch package. Raises MissingExtra with the install line."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtra("optimizer", "torch") from error
+    return torch
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators for the user's code and puts their states back afterwards."""
+    torch = require_torch()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """Stores a whole module, structure included: pruning changes structures."""
+    require_torch().save(module, path)
+
+
+def load_module(path: Path) -> nn.Module:
+    """Reads what `save_module` wrote. The task file must be loaded first, since it defines the classes.
+
+    Raises:
+        InvalidInput: the file is missing, damaged or of another task.
+    """
+    torch = require_torch()
+    try:
+        # Whole-module pickles run code: they are this task's own, and the task file is code too.
+        module: nn.Module = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise InvalidInput(
+            f"The weights '{path.name}' cannot be read: {type(error).__name__}: {error}.",
+            "Push the task again.",
+        ) from error
+    return module
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def materialise(
+    items: Any,
+    spec: TensorSpec,
+    where: str,
+    guard: Callable[[str, Callable[[], Any]], Any] | None = None,
+) -> TaskData:
+    """Collects (inputs, target) items or batches, or one (inputs, targets) pair of whole arrays.
+
+    Raises:
+        InvalidInput: empty, not pairs, shapes that differ from `spec` or each other, wrong values, too large.
+    """
+    rank = len(spec.shape)
+    inputs: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    size = 0
+    for position, (value, target) in enumerate(_pairs(items, rank, where)):
+        array, truth = _array(value, where), _array(target, where)
+        if array.ndim == rank - 1:
+            array, truth = array[None], truth[None]
+        _check_item(array, truth, spec, f"{where} item {position}")
+        size += array.nbytes
+        if size > MAX_DATA_BYTES or len(inputs) >= MAX_ITEMS:
+            raise InvalidInput(
+                f"{where} gives more than {MAX_DATA_BYTES >> 30} GiB or {MAX_ITEMS} items.", "Give a subset."
+            )
+        inputs.append(array)
+        targets.append(truth)
+    if not inputs:
+        raise InvalidInput(f"{where} gives no data.", "Return at least one (inputs, target) pair.")
+    try:
+        x, y = np.concatenate(inputs), np.concatenate(targets)
+    except ValueError as error:
+        raise InvalidInput(f"{where}: items differ in shape: {error}.", "Make them equal.") from error
+    if not len(x):
+        raise InvalidInput(f"{where} gives no data.", "Return at least one (inputs, target) pair.")
+    return TaskData(_cast(x, spec, where), y)
+
+
+def _pairs(items: Any, rank: int, where: str) -> Iterator[tuple[Any, Any]]:
+    if isinstance(items, tuple) and len(items) == 2 and getattr(items[0], "ndim", -1) == rank:
+        yield items[0], items[1]
+        return
+    try:
+        iterator = iter(items)
+    except TypeError as error:
+        raise InvalidInput(
+            f"{where} gives {type(items).__name__}.", "Return an iterable of (inputs, target) pairs."
+        ) from error
+    for position, item in enumerate(iterator):
+        try:
+            value, target = item
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"{where} item {position} is not an (inputs, target) pair.", "Give pairs."
+            ) from error
+        yield value, target
+
+
+def _array(value: Any, where: str) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype == object:
+        raise InvalidInput(f"{where} gives values that are no array.", "Convert them to numpy or torch.")
+    return array
+
+
+def _check_item(array: np.ndarray, truth: np.ndarray, spec: TensorSpec, where: str) -> None:
+    wanted = list(spec.shape[1:])
+    fits = array.ndim == len(spec.shape) and all(
+        d in (-1, have) for d, have in zip(wanted, array.shape[1:], strict=True)
+    )
+    if not fits:
+        raise InvalidInput(
+            f"{where} has shape {list(array.shape)}, the input '{spec.name}' is [-1, {str(wanted)[1:]}.",
+            "Change the data or the task's `input`.",
+        )
+    if truth.ndim < 1 or len(truth) != len(array):
+        raise InvalidInput(
+            f"{where} has {len(array)} inputs and targets of shape {list(truth.shape)}.", "Pair them."
+        )
+
+
+def _cast(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
+    wanted = numpy_dtype(spec.datatype)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInput(f"{where} contains NaN or infinity.", "Clean the data.")
+    if spec.low is not None and array.min() < spec.low or spec.high is not None and array.max() > spec.high:
+        raise InvalidInput(
+            f"{where} has values from {array.min()} to {array.max()}, outside '{spec.name}' "
+            f"[{spec.low}, {spec.high}].",
+            "Correct `low` and `high` of the task's `input`, or scale the data.",
+        )
+    cast = array.astype(wanted)
+    if wanted.kind in "iub" and array.dtype.kind == "f" and not np.array_equal(cast, array):
+        raise InvalidInput(
+            f"{where} gives {array.dtype} values that are not whole numbers, '{spec.name}' is {spec.datatype}.",
+            "Give raw values; scaling belongs into preprocess().",
+        )
+    return cast
+
+
+def _read_split(path: Path, split: str) -> TaskData | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if f"{split}:inputs" not in stored:
+                return None
+            return TaskData(stored[f"{split}:inputs"], stored[f"{split}:targets"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(
+            f"The data file '{path.name}' cannot be read: {error}.", "Push the task again."
+        ) from error
+
+
+def _check_output(task: Task, spec: TensorSpec, outputs: np.ndarray) -> None:
+    shape = list(outputs.shape[1:])
+    if len(spec.shape) != outputs.ndim or any(
+        d not in (-1, have) for d, have in zip(spec.shape[1:], shape, strict=True)
+    ):
+        raise InvalidInput(
+            f"The model gives shape [-1, {str(shape)[1:]}, `output` declares {list(spec.shape)}.",
+            "Correct `output`, the model or postprocess().",
+        )
+    if numpy_dtype(spec.datatype) != outputs.dtype:
+        raise InvalidInput(
+            f"The model gives {outputs.dtype}, `output` declares {spec.datatype}.",
+            "Correct `output` or cast in postprocess().",
+        )
+    if task.output_kind == "logits" and task.labels and outputs.shape[-1] != len(task.labels):
+        raise InvalidInput(
+            f"The model gives {outputs.shape[-1]} logits, the task has {len(task.labels)} labels.",
+            "Name one label for each logit.",
+        )
+
+
+__all__ = [
+    "Items",
+    "Mapping",
+    "Task",
+    "TaskData",
+    "TaskFiles",
+    "Unsupported",
+    "load_module",
+    "load_task",
+    "materialise",
+    "save_module",
+]
