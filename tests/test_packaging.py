@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PIP_DRY_RUN = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
 WEB_STACK = {"fastapi", "starlette", "sqlalchemy", "alembic", "jinja2", "pydantic", "httpx"}
 
 
@@ -18,8 +19,7 @@ WEB_STACK = {"fastapi", "starlette", "sqlalchemy", "alembic", "jinja2", "pydanti
 def test_an_agent_brings_neither_torch_nor_the_web_stack(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-        + [f"--report={report}", f"{ROOT}[agent,onnxruntime]"],  # noqa: RUF005
+        [*PIP_DRY_RUN, f"--report={report}", f"{ROOT}[agent,onnxruntime]"],
         check=True,
         timeout=170,
     )
