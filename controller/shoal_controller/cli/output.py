@@ -108,7 +108,7 @@ def say(text: str, style: str = "") -> None:
 
 
 def show_many(
-    items: Sequence[BaseModel],
+    items: Sequence[Any],
     columns: Sequence[Column],
     *,
     form: str = "",

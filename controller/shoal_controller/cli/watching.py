@@ -68,6 +68,8 @@ def _append(watched: Watched[T], limit: float, interval_s: float, form: str) -> 
     last, shown = None, None
     for item in _states(watched, limit, interval_s):
         last = item
+        if form == "silent":
+            continue
         current = output.dump(item) if form == "json" else watched.line(item)
         if current != shown:
             shown = current
