@@ -1,0 +1,2 @@
+"""The loop: telemetry -> findings (`monitor`, pure) -> the cheapest sufficient action (`policy`,
+pure) -> done and recorded (`runner`)."""

@@ -1,0 +1,408 @@
+"""From windows of telemetry to findings. Pure: no IO, no clock.
+
+One finding is open at a time per subject and kind. A check answers `over` (a finding opens),
+`under` (an open one closes) or nothing (not enough data: nothing changes). Every figure carries
+its interval, and a drift alarm says that it is not an accuracy alarm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal_agent.telemetry import distances, sketches
+from shoal_controller.rollouts import statistics
+from shoal_protos.v1 import telemetry_pb2 as pb
+
+KINDS = ("latency", "error_rate", "input_drift", "accuracy_drop", "new_class", "device_failed", "clock_wrong")
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """When a check has enough to say something, and when it says it."""
+
+    drift_items: int = 50  # of one block; detection needs 10 to 20
+    drift_cap: int = 200  # thresholds of larger windows find harmless shifts
+    drift_blocks: int = 2  # so many in a row, each over its threshold
+    drift_margin: float = 1.15  # over the largest of the held-out clean windows
+    latency_requests: int = 100
+    error_requests: int = 50
+    error_share: float = 0.02
+    labels: int = 20
+    label_window: int = 200  # newest labels that accuracy is judged on
+    recent_s: float = 1800.0  # older windows say nothing about now
+
+
+@dataclass(frozen=True)
+class Span:
+    """One window, of one device. Times in Unix milliseconds, latency in microseconds."""
+
+    end_ms: int
+    requests: int = 0
+    errors: int = 0
+    labelled: int = 0
+    correct: int = 0
+    latency: pb.Histogram | None = None
+    inputs: pb.SketchSet | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one class of one endpoint serves now, with its windows, oldest first."""
+
+    endpoint: str  # id
+    endpoint_name: str
+    profile_class: str
+    bundle: str
+    spans: tuple[Span, ...] = ()
+    reference: pb.SketchSet | None = None
+    thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    accuracy: Mapping[str, Any] | None = None  # the release's: {"value","low","high","n"}
+    latency_limit_ms: float | None = None
+    latency_metric: str = "latency_p95"
+
+    @property
+    def subject(self) -> str:
+        return f"endpoint:{self.endpoint}/{self.profile_class}"
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one check found about one subject."""
+
+    kind: str
+    subject: str
+    over: bool
+    sentence: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    severity: str = "warning"
+    endpoint: str = ""
+    profile_class: str = ""
+
+
+@dataclass(frozen=True)
+class OpenFinding:
+    id: str
+    kind: str
+    subject: str
+    state: str  # open, acting
+
+
+@dataclass(frozen=True)
+class Changes:
+    opened: tuple[Signal, ...]
+    closed: tuple[tuple[str, str], ...]  # finding id, why
+    refreshed: tuple[tuple[str, Signal], ...]  # still over: newer sentence and evidence
+
+
+def evaluate(served: Served, settings: MonitorSettings, now_ms: int) -> list[Signal]:
+    """Runs every check over one class of one endpoint."""
+    cutoff = now_ms - settings.recent_s * 1000
+    spans = sorted((s for s in served.spans if s.end_ms >= cutoff), key=lambda s: s.end_ms)
+    checks = (_latency, _errors, _drift, _accuracy)
+    return [signal for check in checks if (signal := check(served, spans, settings)) is not None]
+
+
+def reconcile(signals: Iterable[Signal], findings: Sequence[OpenFinding]) -> Changes:
+    """What changes: at most one open finding per subject and kind, closed when it is over.
+
+    A finding that somebody acts on is not closed here: it ends with its action.
+    """
+    known = {(f.subject, f.kind): f for f in findings}
+    opened: dict[tuple[str, str], Signal] = {}
+    closed, refreshed = [], []
+    for signal in signals:
+        key = (signal.subject, signal.kind)
+        finding = known.get(key)
+        if signal.over and finding is None:
+            opened.setdefault(key, signal)
+        elif signal.over and finding is not None and finding.state == "open":
+            refreshed.append((finding.id, signal))
+        elif not signal.over and finding is not None and finding.state == "open":
+            closed.append((finding.id, signal.sentence))
+    return Changes(tuple(opened.values()), tuple(closed), tuple(refreshed))
+
+
+# ------------------------------------------------------------------ checks
+
+
+def _signal(served: Served, kind: str, over: bool, sentence: str, **evidence: Any) -> Signal:
+    return Signal(
+        kind,
+        served.subject,
+        over,
+        sentence,
+        {"bundle": served.bundle, **evidence},
+        endpoint=served.endpoint,
+        profile_class=served.profile_class,
+    )
+
+
+def _newest(spans: Sequence[Span], count: str, enough: int) -> list[Span]:
+    """The newest spans that together have `enough` of a count, or all of them."""
+    taken: list[Span] = []
+    total = 0
+    for span in reversed(spans):
+        taken.append(span)
+        total += getattr(span, count)
+        if total >= enough:
+            break
+    return taken[::-1]
+
+
+def _latency(served: Served, spans: Sequence[Span], settings: MonitorSettings) -> Signal | None:
+    if served.latency_limit_ms is None:
+        return None
+    used = _newest(spans, "requests", settings.latency_requests)
+    merged = statistics.merge_histograms(s.latency for s in used if s.latency is not None)
+    if merged is None or merged.count < settings.latency_requests:
+        return None
+    q = 0.5 if served.latency_metric == "latency_p50" else 0.95
+    found = statistics.quantile(merged, q)
+    assert found is not None
+    name = "p50" if q == 0.5 else "p95"
+    limit = served.latency_limit_ms
+    figures = {"value_ms": found.value, "low_ms": found.low, "high_ms": found.high, "n": found.n}
+    figures |= {"limit_ms": limit, "metric": served.latency_metric}
+    where = f"'{served.endpoint_name}' on {served.profile_class}"
+    text = (
+        f"{name} latency of {where} is {found.value:.2f} ms "
+        f"(95 % interval {found.low:.2f} to {found.high:.2f}, {found.n} requests)"
+    )
+    if found.low > limit:
+        return _signal(served, "latency", True, f"{text}, above the objective's {limit:g} ms.", **figures)
+    if found.value <= limit:
+        return _signal(served, "latency", False, f"{text}, within the objective's {limit:g} ms.", **figures)
+    return None
+
+
+def _errors(served: Served, spans: Sequence[Span], settings: MonitorSettings) -> Signal | None:
+    used = _newest(spans, "requests", settings.error_requests)
+    requests = sum(s.requests for s in used)
+    if requests < settings.error_requests:
+        return None
+    found = statistics.share(sum(s.errors for s in used), requests)
+    assert found is not None
+    figures = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    figures["limit"] = settings.error_share
+    text = (
+        f"{100 * found.value:.1f} % of the last {found.n} requests to '{served.endpoint_name}' on "
+        f"{served.profile_class} failed (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %)"
+    )
+    if found.low > settings.error_share:
+        return _signal(
+            served, "error_rate", True, f"{text}, allowed {100 * settings.error_share:g} %.", **figures
+        )
+    return (
+        _signal(served, "error_rate", False, f"{text}.", **figures)
+        if found.value <= settings.error_share
+        else None
+    )
+
+
+def _accuracy(served: Served, spans: Sequence[Span], settings: MonitorSettings) -> Signal | None:
+    expected = served.accuracy
+    if not expected or expected.get("value") is None:
+        return None
+    used = _newest(spans, "labelled", settings.label_window)
+    labelled = sum(s.labelled for s in used)
+    if labelled < settings.labels:
+        return None
+    found = statistics.share(sum(s.correct for s in used), labelled)
+    assert found is not None
+    promised = expected["low"] if expected.get("low") is not None else expected["value"]
+    figures = {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    figures |= {"expected": expected["value"], "expected_low": promised}
+    text = (
+        f"Accuracy of '{served.endpoint_name}' on {served.profile_class} is {100 * found.value:.1f} % on the "
+        f"last {found.n} posted labels (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %); "
+        f"its release promised {100 * expected['value']:.1f} %"
+    )
+    if found.high < promised:
+        return _signal(served, "accuracy_drop", True, f"{text}.", **figures)
+    if found.value >= promised or found.low <= promised <= found.high:
+        return _signal(served, "accuracy_drop", False, f"{text}: no longer below it.", **figures)
+    return None
+
+
+# ------------------------------------------------------------------ drift
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive windows merged until they hold enough items."""
+
+    end_ms: int
+    items: int
+    inputs: pb.SketchSet
+
+
+def blocks(spans: Sequence[Span], items: int, count: int) -> list[Block]:
+    """The newest `count` blocks of at least `items` inputs each, newest first."""
+    found: list[Block] = []
+    merged: pb.SketchSet | None = None
+    end_ms = 0
+    for span in reversed(spans):
+        if span.inputs is None or not span.inputs.count:
+            continue
+        if merged is None:
+            merged, end_ms = span.inputs, span.end_ms
+        elif merged.kind == span.inputs.kind and merged.rule_version == span.inputs.rule_version:
+            merged = sketches.merge(merged, span.inputs)
+        if merged.count >= items:
+            found.append(Block(end_ms, int(merged.count), merged))
+            merged = None
+            if len(found) == count:
+                break
+    return found
+
+
+def nearest_threshold(
+    thresholds: Mapping[str, Mapping[str, float]], items: int, cap: int
+) -> tuple[int, Mapping[str, float]] | None:
+    """The held-out thresholds of the largest window size that is not above `items` (nor above
+    `cap`); the smallest known size if all are larger. None without thresholds."""
+    sizes = sorted(int(size) for size in thresholds if size.isdigit())
+    if not sizes:
+        return None
+    fitting = [size for size in sizes if size <= min(items, cap)]
+    size = fitting[-1] if fitting else sizes[0]
+    return size, thresholds[str(size)]
+
+
+def exceeds(
+    reference: pb.SketchSet,
+    block: Block,
+    thresholds: Mapping[str, Mapping[str, float]],
+    settings: MonitorSettings,
+) -> tuple[bool, dict[str, Any]] | None:
+    """Whether a block lies outside what clean windows of its size reached: every statistic that
+    has a threshold must be above it, with the margin. None when it cannot be told."""
+    nearest = nearest_threshold(thresholds, block.items, settings.drift_cap)
+    if (
+        nearest is None
+        or reference.kind != block.inputs.kind
+        or reference.rule_version != block.inputs.rule_version
+    ):
+        return None
+    size, limits = nearest
+    largest = distances.largest(reference, block.inputs)
+    evidence: dict[str, Any] = {"n": block.items, "threshold_n": size, "end_ms": block.end_ms}
+    verdicts = []
+    for name, (value, statistic) in largest.items():
+        if name in limits:
+            verdicts.append(value > limits[name] * settings.drift_margin)
+            evidence |= {name: value, f"{name}_threshold": limits[name], f"{name}_statistic": statistic}
+    return (all(verdicts), evidence) if verdicts else None
+
+
+def _drift(served: Served, spans: Sequence[Span], settings: MonitorSettings) -> Signal | None:
+    if served.reference is None:
+        return None
+    found = blocks(spans, settings.drift_items, settings.drift_blocks)
+    results = [exceeds(served.reference, block, served.thresholds, settings) for block in found]
+    if not results or any(result is None for result in results):
+        return None
+    told = [result for result in results if result is not None]
+    newest = told[0][1]
+    where = f"'{served.endpoint_name}' on {served.profile_class}"
+    if not told[0][0]:
+        return _signal(
+            served, "input_drift", False, f"Inputs of {where} are within the reference again.", **newest
+        )
+    if len(told) < settings.drift_blocks or not all(over for over, _ in told):
+        return None
+    name = "psi" if "psi" in newest else "ks"
+    text = (
+        f"Inputs of {where} have drifted: {newest[f'{name}_statistic']} differs most, {name.upper()} "
+        f"{newest[name]:.2f} over {newest['n']} inputs, where clean windows of {newest['threshold_n']} "
+        f"stayed below {newest[f'{name}_threshold']:.2f}, {settings.drift_blocks} times in a row. "
+        "This is no accuracy alarm: accuracy is known only from labels."
+    )
+    since = min(evidence["end_ms"] for _, evidence in told)
+    return _signal(served, "input_drift", True, text, since_ms=since, **newest)
+
+
+# ------------------------------------------------------------------ classes and devices
+
+
+@dataclass(frozen=True)
+class ClassCoverage:
+    """One class of an endpoint's devices, and whether the release has a variant of its own for it."""
+
+    endpoint: str
+    endpoint_name: str
+    profile_class: str
+    devices: int
+    covered: bool
+    fallback: str = ""  # name of the nearest compatible variant, "" = none
+
+
+def coverage_signal(coverage: ClassCoverage) -> Signal:
+    """New class: over while the endpoint's release has no variant made for it."""
+    count = "1 device" if coverage.devices == 1 else f"{coverage.devices} devices"
+    if coverage.covered:
+        text = f"'{coverage.endpoint_name}' has a variant for {coverage.profile_class}."
+    elif coverage.fallback:
+        text = (
+            f"'{coverage.endpoint_name}' has no variant made for {coverage.profile_class} ({count}); "
+            f"'{coverage.fallback}' of the nearest compatible class is used after its own probe."
+        )
+    else:
+        text = (
+            f"'{coverage.endpoint_name}' has no variant for {coverage.profile_class} ({count}), "
+            "and none of another class fits: these devices serve nothing."
+        )
+    return Signal(
+        "new_class",
+        f"endpoint:{coverage.endpoint}/{coverage.profile_class}",
+        not coverage.covered,
+        text,
+        {"devices": coverage.devices, "fallback": coverage.fallback},
+        severity="info" if coverage.fallback else "warning",
+        endpoint=coverage.endpoint,
+        profile_class=coverage.profile_class,
+    )
+
+
+@dataclass(frozen=True)
+class DeviceHealth:
+    """What one device reports of its placements, outside any rollout."""
+
+    device: str
+    name: str
+    profile_class: str
+    failures: tuple[tuple[str, str, str], ...] = ()  # endpoint name, reason, detail
+    clock_wrong: bool = False
+
+
+def device_signals(health: DeviceHealth) -> list[Signal]:
+    """Device failing, and a clock far off: each over or under."""
+    failures = "; ".join(
+        f"'{endpoint}': {reason or 'unknown reason'}" for endpoint, reason, _ in health.failures
+    )
+    failed = (
+        f"{health.name} could not install what it should have ({failures}); it serves what it had before."
+    )
+    clock = f"The clock of {health.name} is far off; it uses the controller's time for expiry."
+    subject = f"device:{health.device}"
+    details = [detail for _, _, detail in health.failures]
+    return [
+        Signal(
+            "device_failed",
+            subject,
+            bool(health.failures),
+            failed if health.failures else f"{health.name} has what it should have.",
+            {"details": details},
+            profile_class=health.profile_class,
+        ),
+        Signal(
+            "clock_wrong",
+            subject,
+            health.clock_wrong,
+            clock if health.clock_wrong else f"The clock of {health.name} is right again.",
+            severity="info",
+            profile_class=health.profile_class,
+        ),
+    ]
