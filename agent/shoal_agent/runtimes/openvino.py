@@ -1,0 +1,202 @@
+"""OpenVINO on the CPU: IR (`.xml` and `.bin`) and ONNX files."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from shoal_agent.runtimes.base import Facts, Instance, Options, Runtime, reason, share
+from shoal_agent.runtimes.tensors import Array, check_model
+from shoal_protos.bundle import Bundle, blob_path
+from shoal_protos.errors import InvalidInput, MissingExtra, Unavailable
+
+DEVICE = "CPU"
+_COMPUTE_LAYERS = frozenset(
+    (
+        "Convolution",
+        "GroupConvolution",
+        "Deconvolution",
+        "FullyConnected",
+        "MatMul",
+        "LSTMCell",
+        "LSTMSequence",
+        "RNNSeq",
+    )
+)
+_INT8 = frozenset(("i8", "u8"))
+_TYPES = {
+    "boolean": "BOOL",
+    "u8": "UINT8",
+    "u16": "UINT16",
+    "u32": "UINT32",
+    "u64": "UINT64",
+    "i8": "INT8",
+    "i16": "INT16",
+    "i32": "INT32",
+    "i64": "INT64",
+    "f16": "FP16",
+    "f32": "FP32",
+    "f64": "FP64",
+}
+
+
+def _module() -> ModuleType:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtra("openvino", "openvino") from error
+    return openvino  # type: ignore[no-any-return]
+
+
+_core_lock = threading.Lock()
+_core: Any = None
+
+
+def _shared_core() -> Any:
+    """One core a process: making one scans for plug-ins."""
+    global _core
+    with _core_lock:
+        if _core is None:
+            _core = _module().Core()
+        return _core
+
+
+def _configuration(options: Options) -> dict[str, str]:
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        # A bundle says its precision; a silent bf16 would not be the variant that was judged.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    if options.threads:
+        settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    settings.update(options.extra)
+    return settings
+
+
+def _tensors(ports: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
+    found = {}
+    for port in ports:
+        kind = port.element_type.get_type_name()
+        shape = [size.get_length() if size.is_static else -1 for size in port.partial_shape]
+        found[_name(port)] = (_TYPES.get(kind, kind), shape)
+    return found
+
+
+def _name(port: Any) -> str:
+    """A port may carry several names; the signature's is the one that was set at export."""
+    names = port.get_names()
+    return str(port.get_any_name()) if names else ""
+
+
+class OpenVino(Runtime):
+    """`Options.extra` are OpenVINO properties by their text names."""
+
+    name = "openvino"
+
+    def version(self) -> str:
+        return str(_module().__version__).split("-", 1)[0]
+
+    def providers(self) -> tuple[str, ...]:
+        return tuple(_shared_core().available_devices)
+
+    def _load(self, bundle: Bundle, options: Options) -> Instance:
+        core = _shared_core()
+        # Blobs are named by digest; OpenVINO finds reader and weights by file name.
+        with tempfile.TemporaryDirectory(prefix="shoal-openvino-") as folder:
+            for layer in bundle.manifest.layers:
+                target = blob_path(bundle.path, layer.digest).resolve()
+                (Path(folder) / layer.title).symlink_to(target)
+            model = core.read_model(str(Path(folder) / bundle.config.runtime.model_file))
+            _rename(model, bundle)
+            check_model(bundle.config.signature, _tensors(model.inputs), _tensors(model.outputs))
+            compiled = core.compile_model(model, DEVICE, _configuration(options))
+        return OpenVinoInstance(compiled, bundle, options)
+
+
+def _rename(model: Any, bundle: Bundle) -> None:
+    """Where a port has several names and the signature's is among them, keeps that one."""
+    signature = bundle.config.signature
+    for ports, specs in ((model.inputs, signature.inputs), (model.outputs, signature.outputs)):
+        wanted = {spec.name for spec in specs}
+        for port in ports:
+            known = wanted & set(port.get_names())
+            if len(known) == 1 and len(port.get_names()) > 1:
+                port.get_tensor().set_names(known)
+
+
+class OpenVinoInstance(Instance):
+    def __init__(self, compiled: Any, bundle: Bundle, options: Options) -> None:
+        self._compiled: Any = compiled
+        self._precision = bundle.config.runtime.precision
+        self._options = options
+        self._outputs = [_name(port) for port in compiled.outputs]
+        # An infer request runs one inference at a time: each running thread borrows one.
+        self._idle: deque[Any] = deque([compiled.create_infer_request()])
+        self._facts: Facts | None = None
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        compiled = self._compiled
+        if compiled is None:
+            raise Unavailable("The model was unloaded.")
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        try:
+            # Views of read-only request bytes are fine: shared inputs are only read.
+            request.infer(inputs, share_inputs=True, share_outputs=True)
+            return {
+                name: np.array(request.get_output_tensor(place).data)
+                for place, name in enumerate(self._outputs)
+            }
+        except Exception as error:
+            raise InvalidInput(f"openvino refused the request: {reason(error)}") from error
+        finally:
+            self._idle.append(request)
+
+    def facts(self) -> Facts:
+        with self._lock:
+            if self._facts is None:
+                self._facts = Facts(
+                    "openvino",
+                    str(_module().__version__).split("-", 1)[0],
+                    DEVICE,
+                    self._options.threads,
+                    self._int8_share(),
+                )
+            return self._facts
+
+    def _int8_share(self) -> float:
+        if self._precision != "int8" or self._compiled is None:
+            return math.nan
+        quantized = floating = 0
+        for operation in self._compiled.get_runtime_model().get_ordered_ops():
+            details = operation.get_rt_info()
+            if _text(details, "layerType") in _COMPUTE_LAYERS:
+                if _text(details, "runtimePrecision") in _INT8:
+                    quantized += 1
+                else:
+                    floating += 1
+        return share(quantized, floating)
+
+    def close(self) -> None:
+        self._compiled = None
+        self._idle.clear()
+
+
+def _text(details: Any, key: str) -> str:
+    try:
+        return str(details[key].astype(str) if hasattr(details[key], "astype") else details[key])
+    except (KeyError, RuntimeError):
+        return ""
