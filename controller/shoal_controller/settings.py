@@ -33,7 +33,7 @@ class Settings:
     """Everything that can be set. Times in seconds unless the name says otherwise, sizes in bytes."""
 
     home: Path
-    fleet: str = "shoal"
+    fleet: str = ""  # "" = the directory's own; `shoal` for a new directory
     host: str = "127.0.0.1"  # what the three doors bind to; loopback until operators can sign in
     http_port: int = 8080  # API, dashboard, metrics; 0 = free
     enrolment_port: int = 8442  # server TLS; 0 = free
@@ -120,7 +120,7 @@ def prepare_home(settings: Settings) -> None:
     try:
         settings.home.mkdir(parents=True, mode=0o700, exist_ok=True)
         check_private(settings.home)
-        for room in (settings.identity_dir, settings.blobs_dir, settings.jobs_dir, settings.run_dir):
+        for room in (settings.blobs_dir, settings.jobs_dir, settings.run_dir):
             room.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise Denied(
@@ -178,7 +178,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _check(settings: Settings) -> Settings:
-    if not FLEET_NAME.match(settings.fleet):
+    if settings.fleet and not FLEET_NAME.match(settings.fleet):
         raise InvalidInput(
             f"'{settings.fleet}' is not a fleet name.",
             "Use lower-case letters, digits and dashes, at most 63.",

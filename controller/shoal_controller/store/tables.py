@@ -64,6 +64,8 @@ class Device(Base):
     profile: Mapped[bytes]  # serialized shoal.v1.Profile
     labels: Mapped[dict[str, Any]] = mapped_column(default=dict)
     public_key_hash: Mapped[str] = mapped_column(unique=True)  # same key joins once
+    # The key before: a renewal whose answer got lost is asked again with it.
+    previous_key_hash: Mapped[str] = mapped_column(default="")
     certificate_serial: Mapped[str] = mapped_column(index=True)
     certificate_not_after_ms: Mapped[int]
     revoked: Mapped[bool] = mapped_column(default=False)
@@ -75,6 +77,10 @@ class Device(Base):
     features: Mapped[list[Any]] = mapped_column(default=list)
     reported: Mapped[bytes | None]  # serialized shoal.v1.Reported, latest
     system: Mapped[dict[str, Any]] = mapped_column(default=dict)  # latest shoal.v1.System as JSON
+    # Latest window with requests: {"endpoint", "p50_ms", "p95_ms", "requests", "errors", "seconds", "end_ms"}
+    figures: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    # boot id -> controller's Unix ms at that boot's monotonic zero, of the last few boots
+    clocks: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
 class Desired(Base):
@@ -88,6 +94,20 @@ class Desired(Base):
     signed: Mapped[bytes]  # serialized shoal.v1.Signed
     issued_ms: Mapped[int]
     not_after_ms: Mapped[int]
+
+
+class DeviceRequest(Base):
+    """Logs or a diagnosis asked of one device; it answers when it is there."""
+
+    __tablename__ = "device_requests"
+    id: Mapped[str] = mapped_column(primary_key=True)  # q-0001
+    device: Mapped[str] = mapped_column(ForeignKey("devices.id"), index=True)
+    kind: Mapped[str]  # "logs", "diagnose"
+    state: Mapped[str] = mapped_column(index=True)  # open, answered, expired
+    body: Mapped[bytes | None]
+    created_ms: Mapped[int]
+    not_after_ms: Mapped[int]
+    answered_ms: Mapped[int] = mapped_column(default=0)
 
 
 class Blob(Base):
@@ -336,6 +356,9 @@ class Window(Base):
     inputs: Mapped[bytes | None]  # serialized shoal.v1.SketchSet
     outputs: Mapped[bytes | None]
     system: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    role: Mapped[str] = mapped_column(default="primary")  # primary, shadow
+    # {"errors_by_reason": {...}, "label_unmatched": n} of a placement, {"wire_bytes": {...}} of a device
+    detail: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     __table_args__ = (Index("windows_time", "endpoint", "end_ms"),)
 
 

@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("profile", sa.LargeBinary(), nullable=False),
         sa.Column("labels", sa.JSON(), nullable=False),
         sa.Column("public_key_hash", sa.String(), nullable=False),
+        sa.Column("previous_key_hash", sa.String(), nullable=False),
         sa.Column("certificate_serial", sa.String(), nullable=False),
         sa.Column("certificate_not_after_ms", sa.BigInteger(), nullable=False),
         sa.Column("revoked", sa.Boolean(), nullable=False),
@@ -41,6 +42,8 @@ def upgrade() -> None:
         sa.Column("features", sa.JSON(), nullable=False),
         sa.Column("reported", sa.LargeBinary(), nullable=True),
         sa.Column("system", sa.JSON(), nullable=False),
+        sa.Column("figures", sa.JSON(), nullable=False),
+        sa.Column("clocks", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
         sa.UniqueConstraint("public_key_hash"),
@@ -132,6 +135,26 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("device"),
     )
+    op.create_table(
+        "device_requests",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("device", sa.String(), nullable=False),
+        sa.Column("kind", sa.String(), nullable=False),
+        sa.Column("state", sa.String(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=True),
+        sa.Column("created_ms", sa.BigInteger(), nullable=False),
+        sa.Column("not_after_ms", sa.BigInteger(), nullable=False),
+        sa.Column("answered_ms", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["device"],
+            ["devices.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    with op.batch_alter_table("device_requests", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_device_requests_device"), ["device"], unique=False)
+        batch_op.create_index(batch_op.f("ix_device_requests_state"), ["state"], unique=False)
+
     op.create_table(
         "endpoints",
         sa.Column("id", sa.String(), nullable=False),
@@ -230,6 +253,8 @@ def upgrade() -> None:
         sa.Column("inputs", sa.LargeBinary(), nullable=True),
         sa.Column("outputs", sa.LargeBinary(), nullable=True),
         sa.Column("system", sa.JSON(), nullable=True),
+        sa.Column("role", sa.String(), nullable=False),
+        sa.Column("detail", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(
             ["device"],
             ["devices.id"],
@@ -480,6 +505,11 @@ def downgrade() -> None:
 
     op.drop_table("samples")
     op.drop_table("endpoints")
+    with op.batch_alter_table("device_requests", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_device_requests_state"))
+        batch_op.drop_index(batch_op.f("ix_device_requests_device"))
+
+    op.drop_table("device_requests")
     op.drop_table("desired")
     op.drop_table("models")
     op.drop_table("meta")
