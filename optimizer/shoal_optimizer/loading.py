@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal_optimizer.task import Items, Task, TaskData, TaskFiles
-from shoal_optimizer.tensors import numpy_dtype
+from shoal_agent.runtimes.tensors import dtype_of
 from shoal_protos.bundle import TensorSpec, digest_of_file
 from shoal_protos.errors import InvalidInput, Unsupported
 
@@ -86,7 +86,7 @@ def check_declarations(task: Task) -> None:
             f"{kind}.input is not declared.",
             'Write input = TensorSpec("image", "UINT8", (-1, 32, 32, 3), "NHWC", 0, 255).',
         )
-    numpy_dtype(spec.datatype)
+    dtype_of(spec.datatype)
     if len(spec.shape) < 2 or spec.shape[0] != -1:
         raise InvalidInput(f"{kind}.input has shape {spec.shape}.", "Start with -1, the batch dimension.")
     for field, value, known in (

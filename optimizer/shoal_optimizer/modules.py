@@ -11,3 +11,17 @@ class ToFloat(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.to(torch.float32)
+
+
+class Pipeline(nn.Module):
+    """preprocess, model, postprocess. The names of the parts mark their operations in exported graphs."""
+
+    def __init__(self, preprocess: nn.Module, model: nn.Module, postprocess: nn.Module) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.model = model
+        self.postprocess = postprocess
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.postprocess(self.model(self.preprocess(inputs)))
+        return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from shoal_optimizer.tensors import datatype_of, numpy_dtype
+from shoal_agent.runtimes.tensors import datatype_of, dtype_of
 from shoal_protos.bundle import Signature, TensorSpec, canonical_json, digest_of
-from shoal_protos.errors import InvalidInput, MissingExtra, ShoalError, Unsupported
+from shoal_protos.errors import InvalidInput, MissingExtra, ShoalError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -285,9 +285,9 @@ class Task:
 
     def pipeline(self, model: nn.Module) -> nn.Module:
         """preprocess, `model`, postprocess as one module in evaluation mode: what is exported."""
-        from torch import nn
+        from shoal_optimizer.modules import Pipeline
 
-        return nn.Sequential(self.pre, model, self.post).eval()
+        return Pipeline(self.pre, model, self.post).eval()
 
     @cached_property
     def signature(self) -> Signature:
@@ -539,7 +539,7 @@ def _check_item(array: np.ndarray, truth: np.ndarray, spec: TensorSpec, where: s
 
 
 def _cast(array: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
-    wanted = numpy_dtype(spec.datatype)
+    wanted = dtype_of(spec.datatype)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidInput(f"{where} contains NaN or infinity.", "Clean the data.")
     if spec.low is not None and array.min() < spec.low or spec.high is not None and array.max() > spec.high:
@@ -578,7 +578,7 @@ def _check_output(task: Task, spec: TensorSpec, outputs: np.ndarray) -> None:
             f"The model gives shape [-1, {str(shape)[1:]}, `output` declares {list(spec.shape)}.",
             "Correct `output`, the model or postprocess().",
         )
-    if numpy_dtype(spec.datatype) != outputs.dtype:
+    if dtype_of(spec.datatype) != outputs.dtype:
         raise InvalidInput(
             f"The model gives {outputs.dtype}, `output` declares {spec.datatype}.",
             "Correct `output` or cast in postprocess().",
@@ -588,17 +588,3 @@ def _check_output(task: Task, spec: TensorSpec, outputs: np.ndarray) -> None:
             f"The model gives {outputs.shape[-1]} logits, the task has {len(task.labels)} labels.",
             "Name one label for each logit.",
         )
-
-
-__all__ = [
-    "Items",
-    "Mapping",
-    "Task",
-    "TaskData",
-    "TaskFiles",
-    "Unsupported",
-    "load_module",
-    "load_task",
-    "materialise",
-    "save_module",
-]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -172,8 +174,6 @@ class _clear_errors:
 
 def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exported:
     """Adds parity and int8 share to the facts. Raises InvalidInput when an fp32 export differs from torch."""
-    import dataclasses
-
     inputs = task.required("evaluation").inputs[:PARITY_ITEMS]
     wanted = task.predict(model, inputs)  # type: ignore[arg-type]
     instance = load_exported(exported)
@@ -214,14 +214,18 @@ def load_exported(exported: Exported, *, threads: int = 1) -> Instance:
     from shoal_agent import runtimes
     from shoal_agent.runtimes.base import Options
 
+    # Requirements are for devices; here only the answers count, and any CPU can give them.
+    need = dataclasses.replace(exported.runtime, isa=(), version_min="", version_max="")
     folder = Path(tempfile.mkdtemp(prefix="shoal-load-"))
     try:
-        config = BundleConfig(signature=exported.signature, runtime=exported.runtime)
-        digest = write_bundle(folder, config, exported.files)
-        bundle = open_bundle(folder, digest, verify=False)
-        return runtimes.find(exported.runtime.name).load(bundle, Options(threads=threads))
-    finally:
+        config = BundleConfig(signature=exported.signature, runtime=need)
+        bundle = open_bundle(folder, write_bundle(folder, config, exported.files), verify=False)
+        instance = runtimes.find(need.name).load(bundle, Options(threads=threads))
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(instance, shutil.rmtree, folder, ignore_errors=True)  # facts() reads the file again
+    return instance
 
 
 def run_instance(instance: Instance, signature: Signature, inputs: np.ndarray, batch: int = 64) -> np.ndarray:

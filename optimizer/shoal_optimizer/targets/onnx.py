@@ -1,0 +1,295 @@
+"""ONNX Runtime: float ONNX, and static int8 as QDQ placed by ONNX Runtime's own quantizer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target
+from shoal_protos.bundle import RuntimeNeed, canonical_json, digest_of
+from shoal_protos.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shoal_optimizer.task import Task
+
+OPSET = 20
+IR_VERSION = 10  # onnxruntime 1.20, the oldest that the extra allows, reads it
+RUNTIME_MIN = "1.20"
+MODEL_FILE = "model.onnx"
+FLOAT_PARTS = ("preprocess", "postprocess")
+_CACHED_GRAPHS = 16
+_CALIBRATION_BATCH = 32
+
+
+class OnnxTarget(Target):
+    """Exports through torch's exporter; the endpoint's own input goes in, casts and layout inside.
+
+    int8 is static QDQ with per-channel weights: U8S8 on x86 (S8S8 is several times slower there),
+    with 7-bit weights where the class lacks VNNI (its 16-bit sums saturate), S8S8 on Arm.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def convert(
+        self,
+        model: nn.Module | None,
+        task: Task,
+        precision: str,
+        calibration: Calibration | None,
+        class_spec: ClassSpec,
+    ) -> Exported:
+        graph = float_graph(model, task)
+        isa: tuple[str, ...] = ()
+        facts: dict[str, Any] = {"opset": OPSET}
+        if precision == "int8":
+            assert calibration is not None
+            scheme = Scheme.of(class_spec)
+            graph = quantized_graph(graph, task, calibration, scheme)
+            isa = scheme.isa
+            facts |= scheme.facts()
+        need = RuntimeNeed(self.name, MODEL_FILE, version_min=RUNTIME_MIN, isa=isa, precision=precision)
+        return Exported({MODEL_FILE: strip(graph)}, need, precision, task.signature, facts)
+
+
+class Scheme:
+    """The int8 types that a class runs fast and without saturation.
+
+    `isa` is what a device must have for the file to be right: full-range weights overflow on x86
+    without VNNI, so they must not reach such a device.
+    """
+
+    def __init__(self, signed_activations: bool, reduce_range: bool, isa: tuple[str, ...]) -> None:
+        self.signed_activations = signed_activations
+        self.reduce_range = reduce_range
+        self.isa = isa
+
+    @classmethod
+    def of(cls, spec: ClassSpec) -> Scheme:
+        if spec.arm:
+            return cls(True, False, ("neon",) if "neon" in spec.isa else ())
+        return cls(False, not spec.vnni, (spec.vnni,) if spec.vnni else ())
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "activations": "int8" if self.signed_activations else "uint8",
+            "weights": "int8",
+            "reduce_range": self.reduce_range,
+        }
+
+
+# ---------------------------------------------------------------------------- float graph
+
+_graphs: OrderedDict[str, bytes] = OrderedDict()
+
+
+def float_graph(model: nn.Module | None, task: Task) -> bytes:
+    """The fp32 ONNX of preprocess, `model`, postprocess; exported once for equal content.
+
+    The exporter takes seconds, so its result is kept in memory and, if the task has one, in its cache
+    directory. An ONNX task gives its own file.
+    """
+    if model is None or not task.has_module:
+        return task.onnx_file.read_bytes()
+    key = fingerprint(model, task)
+    if key not in _graphs:
+        path = task.cache_dir / f"graph-{key}.onnx" if task.cache_dir else None
+        if path is not None and path.is_file():
+            graph = path.read_bytes()
+        else:
+            graph = _export(model, task)
+            if path is not None:
+                _write(path, graph)
+        _graphs[key] = graph
+        while len(_graphs) > _CACHED_GRAPHS:
+            _graphs.popitem(last=False)
+    return _graphs[key]
+
+
+def fingerprint(model: nn.Module, task: Task) -> str:
+    """Digest (32 hex digits) of structure, weights, code and signature: equal ones export equally."""
+    state = hashlib.sha256(repr((task.pre, model, task.post, task.input, OPSET)).encode())
+    if task.source.is_file():
+        state.update(task.source.read_bytes())
+    for module in (task.pre, model, task.post):
+        for name, tensor in module.state_dict().items():
+            state.update(name.encode())
+            state.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return state.hexdigest()[:32]
+
+
+def _export(model: nn.Module, task: Task) -> bytes:
+    import torch
+
+    from shoal_optimizer.modules import Pipeline
+
+    signature = task.signature
+    pipeline = Pipeline(task.pre, model, task.post).eval()
+    # Two items: the exporter would take a single one for a constant batch.
+    items = task.required("evaluation").inputs
+    example = torch.from_numpy(np.ascontiguousarray(items[np.arange(2) % len(items)]))
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            pipeline,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=[signature.inputs[0].name],
+            output_names=[signature.outputs[0].name],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    assert program is not None
+    proto = program.model_proto
+    proto.ir_version = min(proto.ir_version, IR_VERSION)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's warnings and log lines; its errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# ---------------------------------------------------------------------------- int8
+
+
+def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: Scheme) -> bytes:
+    """The QDQ form of a float graph. Operations of preprocess and postprocess stay in float."""
+    try:
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    except ImportError as error:
+        raise MissingExtra("optimizer", "onnxruntime") from error
+
+    method = {
+        "minmax": CalibrationMethod.MinMax,
+        "percentile": CalibrationMethod.Percentile,
+        "entropy": CalibrationMethod.Entropy,
+    }[calibration.method]
+    activations = QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8
+    with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, _quiet():
+        folder = Path(name)
+        source, target = folder / "float.onnx", folder / "int8.onnx"
+        source.write_bytes(graph)
+        quantize_static(
+            str(source),
+            str(target),
+            _reader(graph, calibration.inputs),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=scheme.reduce_range,
+            activation_type=activations,
+            weight_type=QuantType.QInt8,
+            calibrate_method=method,
+            nodes_to_exclude=excluded_nodes(graph, calibration.exclude),
+            extra_options=_extra_options(scheme, task, graph, calibration),
+        )
+        return target.read_bytes()
+
+
+def _extra_options(scheme: Scheme, task: Task, graph: bytes, calibration: Calibration) -> dict[str, Any]:
+    return {"ActivationSymmetric": scheme.signed_activations}
+
+
+def excluded_nodes(graph: bytes, modules: tuple[str, ...] = ()) -> list[str]:
+    """Names of nodes that come from preprocess, postprocess or the named torch modules (or nodes)."""
+    import onnx
+
+    wanted = (*FLOAT_PARTS, *(f"model.{name}" for name in modules))
+    found = []
+    for node in onnx.load_from_string(graph).graph.node:
+        scopes = _scopes(node)
+        inside = any(s == part or s.startswith(f"{part}.") for s in scopes for part in wanted)
+        if inside or node.name in modules:
+            found.append(node.name)
+    return found
+
+
+def _scopes(node: Any) -> list[str]:
+    """Torch module paths that a node was exported from, outermost first."""
+    import ast
+
+    for item in node.metadata_props:
+        if item.key == "pkg.torch.onnx.name_scopes":
+            with contextlib.suppress(ValueError, SyntaxError):
+                return [str(scope) for scope in ast.literal_eval(item.value)]
+    return []
+
+
+def _reader(graph: bytes, inputs: np.ndarray) -> Any:
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader
+
+    proto = onnx.load_from_string(graph).graph
+    constants = {item.name for item in proto.initializer}
+    name = next(item.name for item in proto.input if item.name not in constants)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """Feeds batches to ONNX Runtime's calibrator."""
+
+        def __init__(self) -> None:
+            self._position = 0
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = inputs[self._position : self._position + _CALIBRATION_BATCH]
+            self._position += _CALIBRATION_BATCH
+            return {name: np.ascontiguousarray(batch)} if len(batch) else None
+
+    return Reader()
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def strip(graph: bytes) -> bytes:
+    """Removes what no runtime needs: exporter metadata, documentation, inner shapes."""
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    del model.metadata_props[:]
+    model.doc_string, model.producer_name, model.producer_version = "", "", ""
+    del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
+    model.graph.doc_string = ""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def cache_key(*parts: Any) -> str:
+    return digest_of(canonical_json(list(parts))).removeprefix("sha256:")[:32]
