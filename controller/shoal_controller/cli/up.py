@@ -1,0 +1,102 @@
+"""`shoal up`: the controller and its worker on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from shoal_controller.cli import options, output
+
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="0 = any free one.")]
+
+
+def up(
+    home: Annotated[str, typer.Option("--home", help="Data directory [SHOAL_HOME].")] = "",
+    fleet: Annotated[str, typer.Option("--fleet", help="Name of a new fleet.")] = "",
+    host: Annotated[str, typer.Option("--host", help="Address to bind; default: this machine only.")] = "",
+    http_port: Port = None,
+    enrolment_port: Port = None,
+    agents_port: Port = None,
+    ui: Annotated[bool | None, typer.Option("--ui/--no-ui", help="Serve the dashboard.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Starts the controller and its worker, making what is missing; Ctrl-C stops both.
+
+    Example: shoal up --home ./shoal --http-port 8080
+    """
+    from shoal_controller import identity
+    from shoal_controller.cli.supervision import StartFailed, Supervisor
+    from shoal_controller.settings import Settings, prepare_home
+
+    flags = {
+        "home": home or None,
+        "fleet": fleet or None,
+        "host": host or None,
+        "http_port": http_port,
+        "enrolment_port": enrolment_port,
+        "agents_port": agents_port,
+        "ui": ui,
+    }
+    settings = Settings.load(flags)
+    prepare_home(settings)
+    keys = identity.init(settings.home, settings.fleet)
+    supervisor = Supervisor(child_environment(settings.home, flags), output.say)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, supervisor.request_stop)
+    try:
+        ports = supervisor.start()
+    except StartFailed as error:
+        raise typer.Exit(error.exit_code) from error
+    try:
+        announce(settings, keys.fleet, ports, as_json)
+        supervisor.run()
+        output.say("Stopping...")
+    finally:
+        supervisor.stop()
+
+
+def child_environment(home: object, flags: Mapping[str, object]) -> dict[str, str]:
+    """The flags as the variables that `Settings.load` reads in the children."""
+    given = {f"SHOAL_{name.upper()}": str(value) for name, value in flags.items() if value is not None}
+    return {**given, "SHOAL_HOME": str(home), "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1")}
+
+
+def announce(settings: object, fleet: str, ports: Mapping[str, int], as_json: bool) -> None:
+    """Says where everything is and what to do next."""
+    from shoal_controller.settings import Settings
+    from shoal_protos import __version__
+
+    assert isinstance(settings, Settings)
+    url = f"http://{settings.host}:{ports['http']}"
+    if as_json:
+        output.print_json(
+            {"fleet": fleet, "url": url, "home": str(settings.home), "ports": dict(ports)}, indent=None
+        )
+        return
+    if not output.is_terminal():
+        typer.echo(url)
+    remote = (
+        ""
+        if "SHOAL_HOME" not in os.environ and settings.home == default()
+        else f"SHOAL_HOME={settings.home} "
+    )
+    output.say(
+        f"Shoal {__version__}, fleet '{fleet}'\n"
+        f"  dashboard  {url}/\n"
+        f"  devices    join at {settings.host}:{ports['enrolment']}, stay at {settings.host}:{ports['agents']}\n"
+        f"  data       {settings.home}\n\n"
+        "Next, in another terminal:\n"
+        f"  {remote}shoal token create --join --uses 10 --ttl 1h\n"
+        f"  {remote}shoal model push examples/digits.py --name digits --wait\n\n"
+        "Ctrl-C stops the controller and its worker; devices serve on."
+    )
+
+
+def default() -> object:
+    from shoal_controller.settings import default_home
+
+    return default_home()
