@@ -1,0 +1,242 @@
+"""How values look: pure functions that the templates use as filters. Times are Unix milliseconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from shoal_controller.api import schemas as s
+
+STATUSES = ("healthy", "updating", "degraded", "drifting", "offline")
+NONE = "–"
+
+
+def ago(ms: int | None, now_ms: int) -> str:
+    """`4 s ago`, `3 min ago`, `2 d ago`; "never" for 0. The page's script keeps it counting."""
+    if not ms:
+        return "never"
+    return f"{span(max(0, now_ms - ms))} ago"
+
+
+def span(ms: float | None) -> str:
+    """A duration in its largest sensible unit."""
+    if ms is None:
+        return NONE
+    seconds = ms / 1000
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 36 * 3600:
+        return f"{seconds / 3600:.0f} h"
+    return f"{seconds / 86400:.0f} d"
+
+
+def iso(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).isoformat(timespec="seconds")
+
+
+def clock(ms: int) -> str:
+    """Day and time in UTC; the page's script turns it into the reader's own zone."""
+    return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).strftime("%-d %b %H:%M:%S") if ms else NONE
+
+
+def num(value: float | int | None, digits: int = 3) -> str:
+    """Three significant digits, thousands separated, never an exponent."""
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10):
+        return f"{int(value):,}"
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    places = 0
+    while magnitude < 10 ** (digits - 1 - places) and places < 6:
+        places += 1
+    text = f"{value:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if magnitude < 0.01 else text
+
+
+def score(value: float | None) -> str:
+    """A metric's value: shares as per cent, anything else as a number."""
+    if value is None or value != value:
+        return NONE
+    return f"{value * 100:.1f} %" if 0 <= value <= 1 else num(value, 4)
+
+
+def share(value: float | None) -> str:
+    """A share 0..1 as per cent, finer below one per cent."""
+    if value is None or value != value:
+        return NONE
+    return f"{value * 100:.2f} %" if 0 < value < 0.01 else f"{value * 100:.1f} %" if value else "0 %"
+
+
+def signed(value: float | None, unit: str = "") -> str:
+    """`+0.2`, `−11.8 %`, with a real minus sign."""
+    if value is None or value != value:
+        return NONE
+    text = f"{abs(value):.1f}" if abs(value) >= 0.05 or value == 0 else f"{abs(value):.2f}"
+    sign = "−" if value < 0 else "+" if value > 0 else "±"
+    return f"{sign}{text}{' ' + unit if unit else ''}"
+
+
+def size(value: float | int | None) -> str:
+    """Bytes, in decimal units as on disks and wires."""
+    if value is None:
+        return NONE
+    amount = float(value)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return NONE
+
+
+def interval(figure: s.Figure | None, kind: str = "num") -> str:
+    """The 95 % interval of a figure, "" without one. `kind` is num or score."""
+    if figure is None or figure.low is None or figure.high is None:
+        return ""
+    show = score if kind == "score" else num
+    low, high = show(figure.low), show(figure.high)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def words(name: str) -> str:
+    """`rolled_back` -> `rolled back`."""
+    return name.replace("_", " ")
+
+
+def class_parts(name: str) -> tuple[str, list[str]]:
+    """`x86_64.avx512vnni.2c+onnxruntime+openvino` -> hardware and runtimes."""
+    hardware, *runtimes = name.split("+")
+    return hardware, runtimes
+
+
+def recipe(steps: Iterable[Mapping[str, Any] | str]) -> str:
+    """`channel pruning 50 % → static int8`."""
+    parts = []
+    for step in steps:
+        if isinstance(step, str):
+            parts.append(words(step))
+            continue
+        name = words(str(step.get("technique") or step.get("name") or step.get("kind") or "step"))
+        options = step.get("parameters") or step.get("params") or step.get("options") or {}
+        values = [_option(k, v) for k, v in options.items() if isinstance(v, (int, float, str))]
+        parts.append(" ".join([name, *[v for v in values if v][:2]]))
+    return " → ".join(parts) or "converted only"
+
+
+def _option(key: str, value: float | str) -> str:
+    if isinstance(value, bool):
+        return words(key) if value else ""
+    if isinstance(value, float) and 0 < value < 1:
+        return f"{value * 100:.0f} %"
+    return str(value) if isinstance(value, str) else f"{words(key)} {value}"
+
+
+def steps(progress: Mapping[str, Any], state: str) -> list[dict[str, Any]]:
+    """The steps of an optimization: [{"name", "state", "message", "share", "ms"}] in order.
+
+    Steps before the current one are done; the current one has the state of the whole.
+    """
+    listed = progress.get("steps") or ([progress["step"]] if progress.get("step") else [])
+    rows: list[dict[str, Any]] = []
+    for item in listed:
+        row = dict(item) if isinstance(item, Mapping) else {"name": str(item)}
+        row["name"] = str(row.get("name") or row.get("step") or "step")
+        began = row.get("started_ms") or row.get("time_ms")
+        ended = row.get("finished_ms") or row.get("ended_ms")
+        row["ms"] = ended - began if began and ended else None
+        rows.append(row)
+    names = [row["name"] for row in rows]
+    current = names.index(progress["step"]) if progress.get("step") in names else len(rows) - 1
+    final = {"done": "done", "failed": "failed", "cancelled": "cancelled", "waiting": "waiting"}.get(state)
+    for index, row in enumerate(rows):
+        here = index == current
+        row.setdefault("state", "done" if index < current or state == "done" else final or "running")
+        if here:
+            row["share"] = progress.get("share")
+            row["message"] = row.get("message") or progress.get("message", "")
+    return rows
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested evidence as readable pairs; long lists are counted, not printed."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{words(str(key))}"
+        if isinstance(value, Mapping):
+            pairs += flatten(value, f"{name} · ")
+        elif isinstance(value, bool) or value is None:
+            pairs.append((name, {True: "yes", False: "no", None: NONE}[value]))
+        elif isinstance(value, (int, float)):
+            pairs.append((name, _figure(str(key), value)))
+        elif isinstance(value, (list, tuple)):
+            flat = all(isinstance(item, (str, int, float)) for item in value)
+            shown = ", ".join(num(i) if isinstance(i, (int, float)) else i for i in value) if flat else ""
+            pairs.append((name, shown if flat and len(value) <= 6 else f"{len(value)} values"))
+        elif str(value):
+            pairs.append((name, str(value)))
+    return pairs
+
+
+def _figure(key: str, value: float) -> str:
+    if key.endswith("_ms") and value > 1e11:
+        return clock(int(value))
+    if key.endswith("share") or key.startswith("accuracy"):
+        return score(value)
+    if key.endswith("bytes"):
+        return size(value)
+    return num(value)
+
+
+def limit(objective: str, metric: str) -> tuple[str, float] | None:
+    """The bound an objective puts on `latency_p95` (in ms) or `accuracy`: ("<=", 5.0), or None."""
+    found = re.search(rf"\b{metric}\s*(<=|>=|<|>)\s*([0-9.]+)\s*(us|ms|s|%)?", objective)
+    if not found:
+        return None
+    scale = {"us": 1e-3, "s": 1e3, "%": 0.01}.get(found[3] or "", 1.0)
+    return found[1], float(found[2]) * scale
+
+
+def by_reason(devices: Iterable[s.RolloutDevice]) -> list[tuple[str, list[s.RolloutDevice]]]:
+    """Devices that did not take the new variant, grouped by why, largest group first."""
+    groups: dict[str, list[s.RolloutDevice]] = {}
+    for device in devices:
+        if device.state in ("failed", "silent", "no_traffic") or (
+            device.state == "rolled_back" and device.reason
+        ):
+            groups.setdefault(device.reason or device.state, []).append(device)
+    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+
+
+def touched(rollout: s.Rollout) -> dict[str, int]:
+    """How many devices an action on this rollout touches."""
+    switched = sum(wave.switched for wave in rollout.waves)
+    begun = sum(w.devices for w in rollout.waves if w.state not in ("waiting",))
+    return {"switched": switched, "begun": begun, "rest": sum(w.devices for w in rollout.waves) - begun}
+
+
+def sample_value(datatype: str) -> str:
+    return {"UINT8": "0", "INT64": "0", "INT32": "0", "BOOL": "false", "BYTES": '""'}.get(datatype, "0.0")
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 device`, `1,204 devices`."""
+    word = (
+        noun
+        if count == 1
+        else noun[:-1] + "ies"
+        if noun.endswith("y")
+        else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    )
+    return f"{count:,} {word}"
+
+
+FILTERS = {
+    "span": span, "iso": iso, "clock": clock, "num": num, "score": score, "share": share, "signed": signed,
+    "size": size, "interval": interval, "words": words, "class_parts": class_parts, "recipe": recipe,
+    "steps": steps, "flatten": flatten, "plural": plural, "sample_value": sample_value,
+}  # fmt: skip
