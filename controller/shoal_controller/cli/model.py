@@ -82,6 +82,9 @@ def push_model(
     ctx: typer.Context,
     task: Annotated[Path, typer.Argument(help="The task file; what its `files` names travels with it.")],
     name: Annotated[str, typer.Option("--name", help="Name of the model; default: the file's.")] = "",
+    extra: Annotated[
+        list[str] | None, typer.Option("--with", help="One more file of the task's folder; repeatable.")
+    ] = None,
     note: Annotated[str, typer.Option("--note", help="What is new in this version.")] = "",
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until it was imported and its baseline known.")
@@ -97,7 +100,7 @@ def push_model(
     name = name or task.stem
     with tempfile.TemporaryDirectory(prefix="shoal-push-") as scratch:
         source = Path(scratch) / f"{task.stem}.tar"
-        files = packing.pack(task, source)
+        files = packing.pack(task, source, extra or [])
         total = source.stat().st_size
         output.say(f"Pushing {', '.join(files)} ({output.size(total)}) as the next version of '{name}'.")
         if dry_run:

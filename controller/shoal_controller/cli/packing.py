@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from shoal_protos.errors import InvalidInput
@@ -59,23 +60,46 @@ def _literal(node: ast.expr, name: str) -> list[str]:
     return list(value)
 
 
-def pack(task: Path, destination: Path) -> list[str]:
-    """Writes the tar and returns its members' names. The same files give the same bytes.
+def travelling(task: Path) -> list[str]:
+    """The names that travel with a task: what its `files` declares; an ONNX file's `.npz`.
+
+    Raises:
+        InvalidInput: the task file is missing, or neither Python nor ONNX.
+    """
+    if task.suffix == ".onnx":
+        return [task.with_suffix(".npz").name]
+    try:
+        return declared_files(task.read_text(), task.name)
+    except OSError as error:
+        raise InvalidInput(f"The task file {task} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(
+            f"{task} is not a Python task file.", "Name the .py file of a task, or an .onnx file."
+        ) from error
+
+
+def pack(task: Path, destination: Path, extra: Sequence[str] = ()) -> list[str]:
+    """Writes the tar and returns its members' names; `extra` names more files in the task's folder.
+    The same files give the same bytes.
 
     Raises:
         InvalidInput: a file is missing, or a declared name leaves the task's folder.
     """
-    try:
-        source = task.read_text()
-    except OSError as error:
-        raise InvalidInput(f"The task file {task} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{task} is not a Python task file.", "Name the .py file of a task.") from error
-    names = [task.name, *declared_files(source, task.name)]
+    members = dict.fromkeys(
+        member for name in (task.name, *travelling(task), *extra) for member in _expand(task.parent, name)
+    )
     with tarfile.open(destination, "w", format=tarfile.PAX_FORMAT) as archive:
-        for name in names:
+        for name in members:
             _add(archive, task.parent, name)
-    return names
+    return list(members)
+
+
+def _expand(folder: Path, name: str) -> list[str]:
+    """A file is itself, a directory the files in it."""
+    if not (folder / name).is_dir():
+        return [name]
+    found = sorted(path for path in (folder / name).rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in found if "__pycache__" not in path.parts]
 
 
 def _add(archive: tarfile.TarFile, folder: Path, name: str) -> None:

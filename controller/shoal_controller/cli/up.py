@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal_controller.cli import options, output
+
+if TYPE_CHECKING:
+    from shoal_controller.settings import Settings
 
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="0 = any free one.")]
 
@@ -65,12 +68,11 @@ def child_environment(home: object, flags: Mapping[str, object]) -> dict[str, st
     return {**given, "SHOAL_HOME": str(home), "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1")}
 
 
-def announce(settings: object, fleet: str, ports: Mapping[str, int], as_json: bool) -> None:
+def announce(settings: Settings, fleet: str, ports: Mapping[str, int], as_json: bool) -> None:
     """Says where everything is and what to do next."""
-    from shoal_controller.settings import Settings
+    from shoal_controller.settings import default_home
     from shoal_protos import __version__
 
-    assert isinstance(settings, Settings)
     url = f"http://{settings.host}:{ports['http']}"
     if as_json:
         output.print_json(
@@ -81,22 +83,16 @@ def announce(settings: object, fleet: str, ports: Mapping[str, int], as_json: bo
         typer.echo(url)
     remote = (
         ""
-        if "SHOAL_HOME" not in os.environ and settings.home == default()
+        if "SHOAL_HOME" not in os.environ and settings.home == default_home()
         else f"SHOAL_HOME={settings.home} "
     )
     output.say(
         f"Shoal {__version__}, fleet '{fleet}'\n"
         f"  dashboard  {url}/\n"
-        f"  devices    join at {settings.host}:{ports['enrolment']}, stay at {settings.host}:{ports['agents']}\n"
+        f"  devices    {settings.host}, ports {ports['enrolment']} (join) and {ports['agents']}\n"
         f"  data       {settings.home}\n\n"
         "Next, in another terminal:\n"
         f"  {remote}shoal token create --join --uses 10 --ttl 1h\n"
         f"  {remote}shoal model push examples/digits.py --name digits --wait\n\n"
         "Ctrl-C stops the controller and its worker; devices serve on."
     )
-
-
-def default() -> object:
-    from shoal_controller.settings import default_home
-
-    return default_home()
