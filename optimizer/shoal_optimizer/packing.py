@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -50,6 +51,19 @@ class Packed:
     total_bytes: int  # everything a device fetches
 
 
+@dataclass(frozen=True)
+class FieldReference:
+    """What inputs look like in the field, where that is no longer the training data.
+
+    `inputs` is the field's own sketch; `items` and `clean` are endpoint inputs [n, ...] made to look
+    like the field: from `items` the outputs' reference comes, from the held-out `clean` the thresholds.
+    """
+
+    inputs: SketchSet
+    items: np.ndarray
+    clean: np.ndarray
+
+
 def lineage_of(
     task: Task,
     recipe: Recipe,
@@ -86,9 +100,19 @@ def tool_versions() -> dict[str, str]:
 
 
 def pack(
-    exported: Exported, task: Task, recipe: Recipe, lineage: Lineage, out_layout: Path, *, name: str = ""
+    exported: Exported,
+    task: Task,
+    recipe: Recipe,
+    lineage: Lineage,
+    out_layout: Path,
+    *,
+    name: str = "",
+    field: FieldReference | None = None,
 ) -> Packed:
     """Writes the bundle; equal inputs give an equal digest.
+
+    Args:
+        field: the drift reference of a variant that was adapted to the field; else the task's data.
 
     Raises:
         InvalidInput: the task's data do not fit the variant.
@@ -96,14 +120,23 @@ def pack(
     instance = load_exported(exported)
     try:
         golden, tolerances = golden_cases(exported, task, instance)
-        reference_inputs = task.data("training") or task.calibration_data()
-        outputs = run_instance(instance, exported.signature, reference_inputs.inputs)
-        clean = task.required("evaluation").inputs
+        if field is not None:
+            items, clean = field.items, field.clean
+        else:
+            items = (task.data("training") or task.calibration_data()).inputs
+            clean = task.required("evaluation").inputs
+        outputs = run_instance(instance, exported.signature, items)
         clean_outputs = run_instance(instance, exported.signature, clean)
     finally:
         instance.close()
     inputs_set, outputs_set, thresholds = drift_reference(
-        exported, reference_inputs.inputs, outputs, clean, clean_outputs, seed=task.seed
+        exported,
+        items,
+        outputs,
+        clean,
+        clean_outputs,
+        seed=task.seed,
+        reference=None if field is None else field.inputs,
     )
     config = BundleConfig(
         signature=exported.signature,
@@ -156,22 +189,51 @@ def drift_reference(
     clean_outputs: np.ndarray,
     *,
     seed: int = 0,
+    reference: SketchSet | None = None,
 ) -> tuple[SketchSet, SketchSet, dict[str, dict[str, float]]]:
-    """Sketches of reference inputs and outputs, and the thresholds from held-out clean data."""
+    """Sketches of reference inputs and outputs, and the thresholds from held-out clean data.
+
+    Args:
+        reference: the inputs' sketch where it is known already; else that of `inputs`.
+    """
     from shoal_agent.telemetry.sketches import sketch
 
     spec, signature = exported.signature.inputs[0], exported.signature
     bounds = (spec.low, spec.high)
-    reference = sketch(signature.input_kind, inputs, *bounds)
+    if reference is None:
+        reference = sketch(signature.input_kind, inputs, *bounds)
     reference_outputs = sketch(signature.output_kind, outputs)
     thresholds: dict[str, dict[str, float]] = {}
-    for prefix, kind, limits, base, clean in (
-        ("", signature.input_kind, bounds, reference, clean_inputs),
-        ("output_", signature.output_kind, (None, None), reference_outputs, clean_outputs),
-    ):
-        for size, worst in window_thresholds(kind, limits, base, clean, seed=seed).items():
-            thresholds.setdefault(str(size), {}).update({prefix + k: v for k, v in worst.items()})
+    for size, worst in _input_thresholds(signature.input_kind, bounds, reference, clean_inputs, seed).items():
+        thresholds[str(size)] = dict(worst)
+    found = window_thresholds(
+        signature.output_kind, (None, None), reference_outputs, clean_outputs, seed=seed
+    )
+    for size, worst in found.items():
+        thresholds.setdefault(str(size), {}).update({f"output_{k}": v for k, v in worst.items()})
     return reference, reference_outputs, thresholds
+
+
+_known_thresholds: dict[str, dict[int, dict[str, float]]] = {}
+
+
+def _input_thresholds(
+    kind: str,
+    bounds: tuple[float | None, float | None],
+    reference: SketchSet,
+    clean: np.ndarray,
+    seed: int,
+) -> dict[int, dict[str, float]]:
+    """`window_thresholds` of inputs, kept by content: all variants of a task see the same inputs."""
+    state = hashlib.sha256(repr((kind, bounds, seed, clean.dtype, clean.shape)).encode())
+    state.update(reference.SerializeToString(deterministic=True))
+    state.update(np.ascontiguousarray(clean).tobytes())
+    key = state.hexdigest()
+    if key not in _known_thresholds:
+        if len(_known_thresholds) >= 16:
+            _known_thresholds.clear()
+        _known_thresholds[key] = window_thresholds(kind, bounds, reference, clean, seed=seed)
+    return _known_thresholds[key]
 
 
 def window_thresholds(
