@@ -8,8 +8,11 @@ relation has no cycles: a dominating point is also at least as good by value in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from shoal_optimizer import objective as objectives
+from shoal_optimizer.objective import Objective
 
 Z95 = 1.959963984540054  # two-sided 95 %
 
@@ -122,20 +125,15 @@ def undecided(
     return result
 
 
-def best_first(points: Sequence[Point], choose: Callable[[Sequence[Point]], str]) -> list[Point]:
-    """Orders points by an objective: `choose` names the best of what is left, again and again.
+def ordered(points: Iterable[Point], objective: Objective) -> list[Point]:
+    """The points best first by an objective's own ranking, so that order and choice can't disagree."""
+    pool = {p.key: p for p in points}
+    return [pool[ranked.key] for ranked in objective.rank(map(as_objective_point, pool.values()))]
 
-    Args:
-        choose: key of the best of the given points (an `Objective`'s choice), so that the order
-            and the choice can never disagree.
-    """
-    left = list(points)
-    ordered: list[Point] = []
-    while left:
-        key = choose(left)
-        ordered.append(next(p for p in left if p.key == key))
-        left = [p for p in left if p.key != key]
-    return ordered
+
+def as_objective_point(point: Point) -> objectives.Point:
+    """The point's values without their errors, as an objective reads them."""
+    return objectives.Point(point.key, {m: f.value for m, f in point.figures.items() if f is not None})
 
 
 def progressed(before: Sequence[Point], after: Sequence[Point], *, z: float = Z95) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal_optimizer.objective import parse
 from shoal_optimizer.search import frontier
 from shoal_optimizer.search.frontier import Estimate, Point
 
@@ -96,13 +97,11 @@ def test_an_unmeasured_metric_neither_dominates_nor_saves() -> None:
     assert not frontier.dominates(Point("b", {frontier.SIZE: Estimate(0.1)}), measured)
 
 
-def test_order_follows_the_choice() -> None:
-    pool = [point("a", 0.9, 3.0), point("b", 0.9, 1.0), point("c", 0.9, 2.0)]
-
-    def fastest(left: list[Point]) -> str:
-        return min(left, key=lambda p: p.figures[frontier.LATENCY].value).key  # type: ignore[union-attr]
-
-    assert [p.key for p in frontier.best_first(pool, fastest)] == ["b", "c", "a"]
+def test_order_and_choice_agree() -> None:
+    pool = [point("a", 0.9, 3.0), point("b", 0.8, 1.0), point("c", 0.9, 2.0)]
+    objective = parse("accuracy>=0.85; minimise latency_p95")
+    assert [p.key for p in frontier.ordered(pool, objective)] == ["c", "a", "b"]
+    assert objective.choose(map(frontier.as_objective_point, pool)).key == "c"
 
 
 def test_progress_is_a_new_point_on_the_front() -> None:

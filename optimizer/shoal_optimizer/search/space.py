@@ -1,0 +1,137 @@
+"""What a search may try for a task: networks (recipes that change the torch model) and their exports.
+
+Training a network is dear and exporting it cheap, so the search samples networks only and exports
+each for every target and precision that the classes can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from shoal_optimizer.jobspec import ProfileClass
+from shoal_optimizer.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from shoal_optimizer.analysis import Analysis
+
+RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75)
+KNOWN_GOOD = 0.5  # pruned by half, then distilled: no loss in ten measured cases
+EPOCHS = (6, 10, 16)
+MIN_CHANNELS = 16  # a layer pruned below it costs more in overhead than it saves
+ROUND_TO = 8
+
+Params = Mapping[str, Any]  # of one network: "ratio", "teacher", "epochs"
+
+
+@dataclass(frozen=True)
+class Export:
+    """One deployable form of a network: a runtime's format in a precision, for one instruction set."""
+
+    target: str
+    precision: str
+    isa: tuple[str, ...]
+    classes: tuple[ProfileClass, ...]  # that can run it
+
+    @property
+    def key(self) -> str:
+        return f"{self.target}-{self.precision}-{'.'.join(self.isa)}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The choices that are open. Empty `ratios` = the task cannot be trained: plain and int8 only."""
+
+    ratios: tuple[float, ...]
+    teacher: tuple[bool, ...]  # fine-tune towards the original's outputs, or on targets alone
+    epochs: tuple[int, ...]
+    exports: tuple[Export, ...]
+
+    def known_good(self) -> list[Params]:
+        """Networks to try first, best guess first."""
+        if not self.ratios:
+            return []
+        nearest = min(self.ratios, key=lambda r: (abs(r - KNOWN_GOOD), r))
+        strongest = max(self.ratios)
+        epochs = 10 if 10 in self.epochs else self.epochs[0]
+        first = {"ratio": nearest, "teacher": True, "epochs": epochs}
+        second = {"ratio": strongest, "teacher": True, "epochs": epochs}
+        return [first] if strongest == nearest else [first, second]
+
+    def size(self) -> int:
+        """Number of different networks."""
+        return len(self.ratios) * len(self.teacher) * len(self.epochs)
+
+
+def build(analysis: Analysis, classes: Sequence[ProfileClass], *, trainable: bool) -> Space:
+    """The space for a task: ratios that leave every layer wide enough, the targets of the classes."""
+    return Space(
+        ratios=_ratios(analysis) if trainable else (),
+        teacher=(True, False),
+        epochs=EPOCHS,
+        exports=exports_for(classes),
+    )
+
+
+def _ratios(analysis: Analysis) -> tuple[float, ...]:
+    """Ratios under which at least half of the layers' multiply-adds stay in layers of useful width."""
+    widths = [(layer.output[0], layer.macs) for layer in analysis.layers if layer.macs and layer.output]
+    total = sum(macs for _, macs in widths)
+    if not total:
+        return ()
+    return tuple(
+        ratio
+        for ratio in RATIOS
+        if 2 * sum(macs for width, macs in widths if width * (1 - ratio) >= MIN_CHANNELS) >= total
+    )
+
+
+def exports_for(
+    classes: Sequence[ProfileClass], precisions: Iterable[str] = ("fp32", "int8")
+) -> tuple[Export, ...]:
+    """Every (target, precision, instruction set) that some class can run, each once.
+
+    Classes that share instruction set and runtime share the export: one bundle serves them all.
+    """
+    from shoal_optimizer.targets.base import available, find
+
+    grouped: dict[tuple[str, tuple[str, ...]], list[ProfileClass]] = {}
+    for profile_class in classes:
+        for target in available(class_spec(profile_class)):
+            grouped.setdefault((target.name, tuple(sorted(profile_class.isa))), []).append(profile_class)
+    return tuple(
+        Export(target, precision, isa, tuple(members))
+        for (target, isa), members in grouped.items()
+        for precision in precisions
+        if precision in find(target).precisions
+    )
+
+
+def class_spec(profile_class: ProfileClass) -> Any:
+    """The class as targets know it (`targets.base.ClassSpec`)."""
+    from shoal_optimizer.targets.base import ClassSpec
+
+    return ClassSpec.of(profile_class.name, profile_class.isa, profile_class.runtimes, profile_class.local)
+
+
+PLAIN = Recipe((), "plain")
+
+
+def network(params: Params) -> Recipe:
+    """The training part of a recipe: prune channels, then fine-tune."""
+    ratio = float(params["ratio"])
+    steps = [
+        Step("channel_pruning", {"ratio": ratio, "round_to": ROUND_TO}),
+        Step("distillation", {"epochs": int(params["epochs"]), "alpha": 0.7 if params["teacher"] else 0.0}),
+    ]
+    suffix = "" if params["teacher"] else "-alone"
+    suffix += "" if int(params["epochs"]) == 10 else f"-e{params['epochs']}"
+    return Recipe(tuple(steps), f"pruned{ratio * 100:g}{suffix}".replace(".", "_"))
+
+
+def complete(trained: Recipe, precision: str) -> Recipe:
+    """The whole recipe of an export: the network's steps, and quantization for int8."""
+    if precision != "int8" or trained.precision == "int8":
+        return trained
+    return replace(trained, steps=(*trained.steps, Step("quantization")))
