@@ -95,6 +95,7 @@ class Digits(Task):
     output_kind = "logits"
     color = "gray"
     labels = tuple("0123456789")
+    files = tuple(name for name in (WEIGHTS.name,) if WEIGHTS.is_file())
 
     def model(self) -> nn.Module:
         if not WEIGHTS.exists():

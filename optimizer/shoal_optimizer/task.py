@@ -24,8 +24,8 @@ from shoal_protos.errors import InvalidInput, MissingExtra, ShoalError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SPLITS = ("calibration", "evaluation", "training", "holdout")
-STORED_SPLITS = ("calibration", "evaluation", "training")  # holdout is what Shoal never sees
+SPLITS = ("calibration", "evaluation", "training", "holdout", "shifted")
+STORED_SPLITS = ("calibration", "evaluation", "training")  # the others Shoal never sees
 MAX_ITEMS = 2_000_000
 MAX_DATA_BYTES = 4 << 30  # per split
 
@@ -122,6 +122,10 @@ class Task:
 
     def holdout(self) -> Items | None:
         """Data that Shoal never sees; `shoal demo` sends it as traffic."""
+        return None
+
+    def shifted(self) -> Items | None:
+        """The same world after a real change, for `shoal demo`; None = it corrupts `holdout()` itself."""
         return None
 
     def preprocess(self) -> nn.Module | None:
@@ -230,7 +234,7 @@ class Task:
             ) from error
         except FileNotFoundError as error:
             raise InvalidInput(
-                f"{type(self).__name__}.{field} found no file '{error.filename}'.",
+                f"{type(self).__name__}.{field} found no file: {error.filename or error}.",
                 "Put it beside the task file and name it in `files`.",
             ) from error
         except Exception as error:

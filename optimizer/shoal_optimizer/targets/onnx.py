@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target
-from shoal_protos.bundle import RuntimeNeed, canonical_json, digest_of
+from shoal_protos.bundle import RuntimeNeed
 from shoal_protos.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
     with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, _quiet():
         folder = Path(name)
         source, target = folder / "float.onnx", folder / "int8.onnx"
-        source.write_bytes(graph)
+        source.write_bytes(_marked_prepared(graph))
         quantize_static(
             str(source),
             str(target),
@@ -205,13 +205,33 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
             weight_type=QuantType.QInt8,
             calibrate_method=method,
             nodes_to_exclude=excluded_nodes(graph, calibration.exclude),
-            extra_options=_extra_options(scheme, task, graph, calibration),
+            calibration_cache_path=_ranges_path(task, graph, calibration),
+            extra_options={"ActivationSymmetric": scheme.signed_activations},
         )
         return target.read_bytes()
 
 
-def _extra_options(scheme: Scheme, task: Task, graph: bytes, calibration: Calibration) -> dict[str, Any]:
-    return {"ActivationSymmetric": scheme.signed_activations}
+def _marked_prepared(graph: bytes) -> bytes:
+    """The graph with the mark that the quantizer looks for: torch's exporter has already folded batch
+    norms and inferred shapes, which is what its own preparation would do."""
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "onnx.quant.pre_process", "onnxruntime.quant"
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _ranges_path(task: Task, graph: bytes, calibration: Calibration) -> str | None:
+    """Where ranges of equal graph and data are kept: every class's int8 file comes from one calibration."""
+    if task.cache_dir is None:
+        return None
+    state = hashlib.sha256(graph)
+    state.update(np.ascontiguousarray(calibration.inputs).tobytes())
+    state.update(calibration.method.encode())
+    task.cache_dir.mkdir(parents=True, exist_ok=True)
+    return str(task.cache_dir / f"ranges-{state.hexdigest()[:32]}.json")
 
 
 def excluded_nodes(graph: bytes, modules: tuple[str, ...] = ()) -> list[str]:
@@ -289,7 +309,3 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     temporary.write_bytes(content)
     temporary.replace(path)
-
-
-def cache_key(*parts: Any) -> str:
-    return digest_of(canonical_json(list(parts))).removeprefix("sha256:")[:32]
