@@ -1,7 +1,7 @@
 """A typed client of the controller's REST API, used by the command line, the demo and anyone's scripts.
 
 Answers are the API's own schemas. A newer controller may send fields that this version does not know:
-they are kept and come out again of `model_dump`, never refused.
+they are kept as extra fields of the schema, never refused.
 """
 
 from __future__ import annotations

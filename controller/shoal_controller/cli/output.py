@@ -87,13 +87,16 @@ def resolve_form(form: str, as_json: bool) -> str:
 
 
 def dump(value: Any) -> Any:
-    """Plain JSON values of schemas and lists of them."""
+    """Plain JSON values of schemas, with the fields that only a newer controller knows."""
     from pydantic import BaseModel
 
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        return dump({**fields, **(value.__pydantic_extra__ or {})})
     if isinstance(value, (list, tuple)):
         return [dump(item) for item in value]
+    if isinstance(value, dict):
+        return {key: dump(item) for key, item in value.items()}
     return value
 
 

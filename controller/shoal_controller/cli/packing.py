@@ -95,7 +95,13 @@ def pack(task: Path, destination: Path, extra: Sequence[str] = ()) -> list[str]:
 
 
 def _expand(folder: Path, name: str) -> list[str]:
-    """A file is itself, a directory the files in it."""
+    """A file is itself, a directory the files in it. Raises InvalidInput for names outside `folder`."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise InvalidInput(
+            f"`files` names '{name}', which is outside the task's folder.",
+            "Put the file beside the task file.",
+        )
     if not (folder / name).is_dir():
         return [name]
     found = sorted(path for path in (folder / name).rglob("*") if path.is_file())
@@ -103,12 +109,6 @@ def _expand(folder: Path, name: str) -> list[str]:
 
 
 def _add(archive: tarfile.TarFile, folder: Path, name: str) -> None:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise InvalidInput(
-            f"`files` names '{name}', which is outside the task's folder.",
-            "Put the file beside the task file.",
-        )
     path = folder / name
     try:
         data = path.read_bytes()
@@ -117,6 +117,6 @@ def _add(archive: tarfile.TarFile, folder: Path, name: str) -> None:
             f"`files` names '{name}', but {path} cannot be read: {error.strerror}.",
             "Mend the list or make the file.",
         ) from error
-    member = tarfile.TarInfo(relative.as_posix())
+    member = tarfile.TarInfo(PurePosixPath(name).as_posix())
     member.size, member.mode, member.mtime = len(data), 0o644, 0
     archive.addfile(member, io.BytesIO(data))
