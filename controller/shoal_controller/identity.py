@@ -54,6 +54,7 @@ class DeviceCertificate:
 class Keys:
     """The loaded identity. `repr` shows no key."""
 
+    home: Path  # the data directory they came from
     fleet: str
     ca: x509.Certificate
     ca_key: ec.EllipticCurvePrivateKey
@@ -220,6 +221,7 @@ def load(home: Path) -> Keys:
         assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
         assert isinstance(desired, Ed25519PrivateKey)
         return Keys(
+            home=home,
             fleet=fleet,
             ca=x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes()),
             ca_key=ca_key,

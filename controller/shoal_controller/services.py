@@ -38,6 +38,4 @@ class Services:
         """
         from shoal_controller.desired_publish import publish
 
-        return publish(
-            self.store, self.keys, self.connections, devices, settings=self.settings, clock=self.clock
-        )
+        return publish(self.store, self.keys, self.connections, devices, clock=self.clock)

@@ -96,6 +96,15 @@ class Connections:
     def connected(self) -> list[str]:
         return list(self._by_device)
 
+    def last_heard(self, device: str) -> int:
+        """Unix ms of the last message on the device's open stream, 0 if it has none."""
+        connection = self._by_device.get(device)
+        return 0 if connection is None else connection.last_heard_ms
+
+    def heard(self) -> dict[str, int]:
+        """Device -> Unix ms of its last message, for every open stream."""
+        return {device: connection.last_heard_ms for device, connection in list(self._by_device.items())}
+
     def __len__(self) -> int:
         return len(self._by_device)
 

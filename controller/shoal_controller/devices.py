@@ -1,0 +1,430 @@
+"""Devices as people see them: one view a device, its status with the reason, patching and revoking."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shoal_controller.clock import Clock
+from shoal_controller.enrolment import unique_name
+from shoal_controller.gateway.connections import Connections
+from shoal_controller.query import stable_facts
+from shoal_controller.settings import Settings
+from shoal_controller.store.repositories import Store, record
+from shoal_controller.store.tables import Desired, Device, Endpoint, Finding, Model, Variant, Version
+from shoal_protos.errors import Conflict, InvalidInput
+from shoal_protos.v1 import agents_pb2, profile_pb2
+
+STATUSES = ("healthy", "updating", "degraded", "drifting", "offline", "revoked")
+STATUS_LETTERS = {
+    "healthy": "h",
+    "updating": "u",
+    "degraded": "d",
+    "drifting": "r",
+    "offline": "o",
+    "revoked": "x",
+}
+DRIFT_KINDS = frozenset({"input_drift", "output_drift", "confidence", "accuracy", "drift"})
+QUIET_KINDS = frozenset({"new_class", "fallback", "runtime_upgrade"})  # say nothing against a device
+FRESH_SECONDS = 900  # older figures are not shown as current
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}\Z")
+MAX_LABELS = 32
+
+_STEP = agents_pb2.Step
+BUSY_STEPS = frozenset(
+    {
+        _STEP.STEP_WAITING,
+        _STEP.STEP_FETCH,
+        _STEP.STEP_VERIFY,
+        _STEP.STEP_PROBE,
+        _STEP.STEP_SWITCH,
+        _STEP.STEP_SETTLE,
+    }
+)
+FAILED_STEPS = frozenset({_STEP.STEP_ROLLED_BACK, _STEP.STEP_FAILED})
+
+
+def step_name(step: int) -> str:
+    """`STEP_ROLLED_BACK` -> `rolled_back`; "" for the unspecified one."""
+    try:
+        name = agents_pb2.Step.Name(step)  # type: ignore[arg-type]
+    except ValueError:
+        return "unknown"
+    return "" if step == 0 else name.removeprefix("STEP_").lower()
+
+
+@dataclass(frozen=True)
+class PlacementFacts:
+    """One placement as the device reported it last. `wanted` and `serving` are bundles."""
+
+    endpoint: str
+    wanted: str
+    serving: str
+    step: int
+    reason: str = ""
+    detail: str = ""
+    fallback: bool = False
+    wanted_name: str = ""
+    serving_name: str = ""
+    serves: str = ""  # "digits v1"
+
+
+@dataclass(frozen=True)
+class FindingFacts:
+    kind: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class StatusFacts:
+    """What a status is judged by. Times in Unix ms."""
+
+    revoked: bool
+    connected: bool
+    last_seen_ms: int
+    now_ms: int
+    offline_after_s: float
+    behind: bool  # has not adopted the newest desired state
+    clock_wrong: bool
+    throttled: bool
+    refusal: str
+    placements: Sequence[PlacementFacts] = ()
+    findings: Sequence[FindingFacts] = ()
+
+
+def judge(facts: StatusFacts) -> tuple[str, str]:
+    """(status, reason) of a device; the worst that applies. Pure."""
+    if facts.revoked:
+        return "revoked", "it was revoked"
+    if not facts.connected and facts.now_ms - facts.last_seen_ms > facts.offline_after_s * 1000:
+        if not facts.last_seen_ms:
+            return "offline", "it has joined but never connected"
+        return "offline", f"nothing heard for {_span(facts.now_ms - facts.last_seen_ms)}"
+    worse = _degraded(facts)
+    if worse:
+        return "degraded", worse
+    busy = next((p for p in facts.placements if p.step in BUSY_STEPS), None)
+    if busy is not None:
+        return "updating", f"{busy.endpoint}: {step_name(busy.step)}"
+    if facts.behind:
+        return "updating", "it has not adopted the newest desired state yet"
+    drift = next((f for f in facts.findings if f.kind in DRIFT_KINDS), None)
+    if drift is not None:
+        return "drifting", drift.sentence
+    return "healthy", ""
+
+
+def _degraded(facts: StatusFacts) -> str:
+    failed = next((p for p in facts.placements if p.step in FAILED_STEPS), None)
+    if failed is not None:
+        step = step_name(failed.step).replace("_", " ")
+        return f"{failed.endpoint}: {step}, {failed.reason or 'no reason given'}"
+    if facts.refusal:
+        return f"it refused its desired state: {facts.refusal}"
+    finding = next((f for f in facts.findings if f.kind not in DRIFT_KINDS | QUIET_KINDS), None)
+    if finding is not None:
+        return finding.sentence
+    if facts.clock_wrong:
+        return "its clock is wrong"
+    return "it is throttled by heat or power" if facts.throttled else ""
+
+
+def _span(ms: int) -> str:
+    seconds = ms // 1000
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+# ---------------------------------------------------------------------------- views
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """A device as API, filters and pages see it. Latencies in ms, times in Unix ms."""
+
+    id: str
+    name: str
+    project: str
+    profile_class: str
+    status: str
+    status_reason: str
+    labels: Mapping[str, str]
+    version: str
+    p50_ms: float | None
+    p95_ms: float | None
+    error_share: float | None
+    requests_per_s: float
+    temperature_celsius: float | None
+    last_seen_ms: int
+    joined_ms: int
+    agent_version: str
+    placements: tuple[PlacementFacts, ...]
+    facts: Mapping[str, Any] = field(repr=False, default_factory=dict)  # what filters look at
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Bundle -> (variant name, "digits v1")."""
+
+    variants: Mapping[str, tuple[str, str]]
+
+    def of(self, bundle: str) -> tuple[str, str]:
+        return self.variants.get(bundle, (bundle.removeprefix("sha256:")[:12], "")) if bundle else ("", "")
+
+
+def bundle_names(session: Session) -> Mapping[str, tuple[str, str]]:
+    """Bundle digest -> (variant name, "MODEL vNUMBER")."""
+    rows = session.execute(
+        select(Variant.bundle, Variant.name, Model.name, Version.number)
+        .join(Version, Variant.version == Version.id)
+        .join(Model, Version.model == Model.id)
+    )
+    return {bundle: (name, f"{model} v{number}") for bundle, name, model, number in rows}
+
+
+def load_views(
+    session: Session,
+    *,
+    now_ms: int,
+    settings: Settings,
+    connections: Connections | None = None,
+    only: str = "",
+) -> list[DeviceView]:
+    """All devices (or `only` one), by name."""
+    query = select(Device).order_by(Device.name)
+    if only:
+        query = query.where(Device.id == only)
+    names = _Names(bundle_names(session))
+    generations = {
+        row[0]: (row[1], row[2])
+        for row in session.execute(select(Desired.device, Desired.epoch, Desired.generation))
+    }
+    findings = _findings(session)
+    return [
+        _view(device, names, generations.get(device.id), findings, now_ms, settings, connections)
+        for device in session.scalars(query)
+    ]
+
+
+def _findings(session: Session) -> dict[str, list[FindingFacts]]:
+    """Subject ("device:ID", "ENDPOINT NAME/CLASS") -> its open findings."""
+    found: dict[str, list[FindingFacts]] = defaultdict(list)
+    names = {row[0]: row[1] for row in session.execute(select(Endpoint.id, Endpoint.name))}
+    for row in session.scalars(select(Finding).where(Finding.state.in_(("open", "acting")))):
+        subject = row.subject
+        if subject.startswith("endpoint:"):
+            endpoint, _, profile_class = subject.removeprefix("endpoint:").partition("/")
+            subject = f"{names.get(endpoint, endpoint)}/{profile_class}"
+        found[subject].append(FindingFacts(row.kind, row.sentence))
+    return found
+
+
+def _view(
+    device: Device,
+    names: _Names,
+    generation: tuple[int, int] | None,
+    findings: Mapping[str, list[FindingFacts]],
+    now_ms: int,
+    settings: Settings,
+    connections: Connections | None,
+) -> DeviceView:
+    reported = agents_pb2.Reported.FromString(device.reported or b"")
+    profile = profile_pb2.Profile.FromString(device.profile)
+    placements = tuple(_placement(status, names) for status in reported.placements)
+    live = connections is not None and connections.is_connected(device.id)
+    last_seen = max(device.last_seen_ms, connections.last_heard(device.id) if connections else 0)
+    own = [*findings.get(f"device:{device.id}", ())]
+    for placement in placements:
+        own += findings.get(f"{placement.endpoint}/{device.profile_class}", ())
+    status, reason = judge(
+        StatusFacts(
+            revoked=device.revoked,
+            connected=live or (connections is None and device.connected),
+            last_seen_ms=last_seen,
+            now_ms=now_ms,
+            offline_after_s=settings.offline_after_seconds,
+            behind=generation is not None and (reported.epoch, reported.generation) < generation,
+            clock_wrong=reported.clock_wrong,
+            throttled=bool(device.system.get("throttled")),
+            refusal=reported.refusals[-1].reason if reported.refusals else "",
+            placements=placements,
+            findings=own,
+        )
+    )
+    figures = _current(device.figures, now_ms)
+    requests = figures.get("requests", 0)
+    seconds = figures.get("seconds") or 0
+    view = DeviceView(
+        id=device.id,
+        name=device.name,
+        project=device.project,
+        profile_class=device.profile_class,
+        status=status,
+        status_reason=reason,
+        labels=device.labels,
+        version=next((p.serves for p in placements if p.serves), ""),
+        p50_ms=figures.get("p50_ms"),
+        p95_ms=figures.get("p95_ms"),
+        error_share=figures["errors"] / requests if requests else None,
+        requests_per_s=requests / seconds if seconds else 0.0,
+        temperature_celsius=_finite(device.system.get("temperature_celsius")),
+        last_seen_ms=last_seen,
+        joined_ms=device.joined_ms,
+        agent_version=device.agent_version,
+        placements=placements,
+    )
+    facts = stable_facts(device, profile) | {
+        "status": status,
+        "endpoint": [p.endpoint for p in placements],
+        "version": [p.serves for p in placements],
+        "variant": [p.serving_name for p in placements],
+        "agent": device.agent_version,
+        "p50": view.p50_ms,
+        "p95": view.p95_ms,
+        "errors": view.error_share,
+        "temperature": view.temperature_celsius,
+        "seen": now_ms - last_seen,
+    }
+    object.__setattr__(view, "facts", facts)
+    return view
+
+
+def _placement(status: agents_pb2.PlacementStatus, names: _Names) -> PlacementFacts:
+    serving_name, serves = names.of(status.serving)
+    return PlacementFacts(
+        endpoint=status.endpoint,
+        wanted=status.wanted,
+        serving=status.serving,
+        step=status.step,
+        reason=status.reason,
+        detail=status.detail,
+        wanted_name=names.of(status.wanted)[0],
+        serving_name=serving_name,
+        serves=serves,
+    )
+
+
+def _current(figures: Mapping[str, Any], now_ms: int) -> Mapping[str, Any]:
+    return figures if figures and now_ms - figures.get("end_ms", 0) < FRESH_SECONDS * 1000 else {}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+class Fleet:
+    """All views, kept for a moment: pages, API and stream of one second share one reading."""
+
+    def __init__(
+        self, store: Store, settings: Settings, connections: Connections, clock: Clock, max_age_ms: int = 1000
+    ) -> None:
+        self._store, self._settings, self._connections, self._clock = store, settings, connections, clock
+        self._max_age_ms = max_age_ms
+        self._lock = threading.Lock()
+        self._views: list[DeviceView] = []
+        self._read_ms = 0
+        self._stale = True
+        store.listen(self.invalidate)
+
+    def invalidate(self) -> None:
+        self._stale = True
+
+    def views(self) -> list[DeviceView]:
+        """All devices by name; at most a second old, and never older than the last recorded event."""
+        with self._lock:
+            now = self._clock()
+            if self._stale or not 0 <= now - self._read_ms <= self._max_age_ms:
+                self._stale = False
+                with self._store.read() as session:
+                    self._views = load_views(
+                        session, now_ms=now, settings=self._settings, connections=self._connections
+                    )
+                self._read_ms = now
+            return self._views
+
+
+# ---------------------------------------------------------------------------- changes
+
+
+def patch(
+    session: Session,
+    device: Device,
+    *,
+    actor: str,
+    labels: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> Device:
+    """Changes name or labels (an empty text removes a label).
+
+    Raises:
+        InvalidInput: a label or name that cannot be typed.
+        Conflict: another device has the name.
+    """
+    before = {"name": device.name, "labels": dict(device.labels)}
+    if labels is not None:
+        device.labels = _merged_labels(device.labels, labels)
+    if name is not None and name != device.name:
+        if unique_name(session, name, but=device.id) != name:
+            raise Conflict(
+                f"A device cannot be called '{name[:60]}'.",
+                "Use lower-case letters, digits, dots and dashes, and a name that no other device has.",
+            )
+        device.name = name
+    after = {"name": device.name, "labels": dict(device.labels)}
+    if after != before:
+        record(
+            session,
+            project=device.project,
+            actor=actor,
+            verb="changed",
+            kind="device",
+            object=device.id,
+            before=before,
+            after=after,
+        )
+    return device
+
+
+def _merged_labels(old: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in changes.items():
+        if not LABEL.match(key) or len(value) > 120:
+            raise InvalidInput(
+                f"'{key[:60]}' is not a label.",
+                "Use letters, digits, '_', '.', '/' and '-', values up to 120.",
+            )
+        if value:
+            merged[key] = value
+        else:
+            merged.pop(key, None)
+    if len(merged) > MAX_LABELS:
+        raise InvalidInput(f"A device has at most {MAX_LABELS} labels.")
+    return merged
+
+
+def revoke(session: Session, device: Device, *, actor: str, reason: str = "") -> Device:
+    """Shuts a device out for good. After the commit call `connections.revoke(device, serial)`."""
+    if not device.revoked:
+        device.revoked = True
+        device.connected = False
+        record(
+            session,
+            project=device.project,
+            actor=actor,
+            verb="revoked",
+            kind="device",
+            object=device.id,
+            after={"name": device.name},
+            reason=reason,
+        )
+    return device
