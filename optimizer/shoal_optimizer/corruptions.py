@@ -168,7 +168,8 @@ def _blurred(unit: Tensor, sigma: float) -> Tensor:
     blurred = functional.conv2d(rows, kernel[None, None, None, :])[:, 0]
     if unit.ndim == 3:
         return blurred
-    return blurred.unflatten(0, (unit.shape[0], unit.shape[-1])).movedim(1, -1)
+    count, channels = unit.shape[0], unit.shape[-1]
+    return blurred.reshape(count, channels, *blurred.shape[1:]).movedim(1, -1)
 
 
 def _series(corruption: Corruption, unit: Tensor, generator: Generator | None) -> Tensor:

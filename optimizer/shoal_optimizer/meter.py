@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from shoal_optimizer.jobspec import ProfileClass
 from shoal_optimizer.search.frontier import Estimate
 from shoal_protos.bundle import blob_path, open_bundle, write_index
-from shoal_protos.errors import InvalidInput
+from shoal_protos.errors import InvalidInput, ShoalError
 from shoal_protos.v1 import desired_pb2, telemetry_pb2
 
 TrialKind = Literal["timing", "outputs"]
@@ -191,21 +191,31 @@ def _ratio(timing: telemetry_pb2.TimingResult) -> Figure | None:
 
 
 class LocalMeter:
-    """Measures on this machine with the agent's own bench process.
+    """Measures on this machine with the agent's own bench.
 
-    Each measurement is one throwaway process, so that a model that crashes its runtime takes
-    nothing down and memory is that of one loaded instance.
+    By default each measurement is one throwaway process, so that a model that crashes its runtime
+    takes nothing down and memory is that of one loaded instance. In process it is quicker, and
+    memory stays unmeasured: a process that has held other models says nothing about one.
     """
 
     def __init__(
-        self, *, threads: int = 1, scratch: Path | None = None, known: MutableMapping[str, Any] | None = None
+        self,
+        *,
+        in_process: bool = False,
+        seconds: float = 2.0,
+        threads: int = 1,
+        scratch: Path | None = None,
+        known: MutableMapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
+            seconds: time of the timed rounds of one measurement.
             threads: for each timed instance; 0 = the runtime's own choice.
             scratch: folder for merged stores; a temporary one when None.
             known: answers so far, by key; shared with a job's saved state to survive a restart.
         """
+        self._in_process = in_process
+        self._seconds = seconds
         self._threads = threads
         self._scratch = scratch
         self._known: MutableMapping[str, Any] = {} if known is None else known
@@ -223,20 +233,37 @@ class LocalMeter:
         check_request(kind, dataset)
         if not profile_class.local:
             return unmeasured(bundle, profile_class, kind, "This machine is not of the class.")
-        key = request_key(bundle, profile_class, kind, incumbent, dataset)
+        # One answer for all local classes: they are all this machine.
+        key = request_key(bundle, _ANY_LOCAL, kind, incumbent, dataset)
         if key not in self._known:
-            self._known[key] = self._bench(bundle, profile_class, kind, incumbent, dataset).to_json()
-        return Measurement.from_json(self._known[key])
+            open_bundle(bundle.layout, bundle.digest, verify=False)  # refuse a malformed one here, by name
+            if self._in_process and kind == "timing":
+                measured = self._time_here(bundle, incumbent)
+            else:
+                measured = self._bench(bundle, kind, incumbent, dataset)
+            self._known[key] = measured.to_json()
+        return replace(Measurement.from_json(self._known[key]), profile_class=profile_class.name)
+
+    def _time_here(self, bundle: BundleRef, incumbent: BundleRef | None) -> Measurement:
+        from shoal_agent import bench
+        from shoal_agent.runtimes.base import Options
+
+        options = Options(threads=self._threads)
+        opened = open_bundle(bundle.layout, bundle.digest, verify=False)
+        rival = None if incumbent is None else open_bundle(incumbent.layout, incumbent.digest, verify=False)
+        result = telemetry_pb2.TrialResult(context=bench.context(opened, options))
+        budget = bench.Budget(seconds=self._seconds, warm_up_seconds=min(0.3, self._seconds / 4))
+        try:
+            result.timing.CopyFrom(bench.time_bundles(opened, rival, options, budget=budget))
+            result.ok = True
+        except ShoalError as error:
+            result.error = str(error)
+        result.timing.candidate.rss_bytes = 0
+        return from_result(result, bundle=bundle.digest, profile_class="", kind="timing", source="local")
 
     def _bench(
-        self,
-        bundle: BundleRef,
-        profile_class: ProfileClass,
-        kind: TrialKind,
-        incumbent: BundleRef | None,
-        dataset: Path | None,
+        self, bundle: BundleRef, kind: TrialKind, incumbent: BundleRef | None, dataset: Path | None
     ) -> Measurement:
-        open_bundle(bundle.layout, bundle.digest, verify=False)  # refuse a malformed one here, by name
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix="bench-") as folder:
             store, out = Path(folder) / "store", Path(folder) / "out"
             out.mkdir()
@@ -251,9 +278,9 @@ class LocalMeter:
                 max_bytes=1 << 30,
             )
             trial.options.threads = self._threads
-            result = _run_bench(trial, store, out)
+            result = _run_bench(trial, store, out, self._seconds)
             measurement = from_result(
-                result, bundle=bundle.digest, profile_class=profile_class.name, kind=kind, source="local"
+                result, bundle=bundle.digest, profile_class="", kind=kind, source="local"
             )
             if kind == "outputs" and measurement.status == "measured":
                 return _keep_outputs(measurement, out / "outputs.npz", self._scratch or bundle.layout.parent)
@@ -263,23 +290,17 @@ class LocalMeter:
 def _keep_outputs(measurement: Measurement, path: Path, folder: Path) -> Measurement:
     kept = folder / f"outputs-{measurement.bundle[7:19]}.npz"
     path.replace(kept)
-    return Measurement(**{**vars(measurement), "outputs": str(kept)})
+    return replace(measurement, outputs=str(kept))
 
 
-def _run_bench(trial: desired_pb2.Trial, store: Path, out: Path) -> telemetry_pb2.TrialResult:
+_ANY_LOCAL = ProfileClass("", local=True)
+
+
+def _run_bench(trial: desired_pb2.Trial, store: Path, out: Path, seconds: float) -> telemetry_pb2.TrialResult:
     """Runs the bench process; whatever ends it early is a failed result, never an exception."""
     argument = base64.b64encode(trial.SerializeToString()).decode()
-    command = [
-        sys.executable,
-        "-m",
-        "shoal_agent",
-        "bench",
-        argument,
-        "--store",
-        str(store),
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "shoal_agent", "bench", argument]
+    command += ["--store", str(store), "--out", str(out), "--seconds", str(seconds)]
     try:
         done = subprocess.run(
             command,
@@ -349,18 +370,18 @@ class TrialMeter:
         ask: Callable[[Mapping[str, Any]], None],
         results: Mapping[str, bytes | None],
         *,
-        outputs: Mapping[str, Path] | None = None,
+        outputs: Path | None = None,
     ) -> None:
         """
         Args:
             ask: sends one `trial` event's fields: id, bundle, class, kind, incumbent, dataset.
             results: trial id -> serialized `TrialResult`, None = expired without an answer.
-            outputs: trial id -> the raw outputs that an `outputs` trial returned.
+            outputs: folder that holds the raw outputs of answered `outputs` trials, as HEX-DIGEST.npz.
         """
         self._job = job
         self._ask = ask
         self._results = results
-        self._outputs = outputs or {}
+        self._outputs = outputs
         self._asked: set[str] = set()
 
     def measure(
@@ -408,8 +429,11 @@ class TrialMeter:
         measurement = from_result(
             result, bundle=bundle.digest, profile_class=profile_class.name, kind=kind, source="trial"
         )
-        if trial in self._outputs:
-            return Measurement(**{**vars(measurement), "outputs": str(self._outputs[trial])})
+        if kind == "outputs" and measurement.status == "measured":
+            path = self._outputs / f"{measurement.outputs[7:]}.npz" if self._outputs else None
+            if path is None or not path.is_file():
+                return replace(measurement, status="no data", reason="The outputs are gone.")
+            return replace(measurement, outputs=str(path))
         return measurement
 
 
