@@ -19,7 +19,7 @@ SINCE = "0.1.0"  # the version that first had every feature required here
 # Rollout states in which the rollout still decides what its devices have.
 ACTIVE = frozenset({"running", "paused", "stopping"})
 # A device in one of these has its wave's new assignment; in any other it has the old one.
-MOVED = frozenset({"updating", "settling", "switched"})
+MOVED = frozenset({"updating", "settling", "switched", "no_traffic"})
 
 # Allowance of a probe over what was measured: a factor, and a slice of a busy small machine.
 LATENCY_TOLERANCE = 3.0

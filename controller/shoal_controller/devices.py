@@ -32,7 +32,7 @@ STATUS_LETTERS = {
     "offline": "o",
     "revoked": "x",
 }
-DRIFT_KINDS = frozenset({"input_drift", "output_drift", "confidence", "accuracy", "drift"})
+DRIFT_KINDS = frozenset({"input_drift", "output_drift", "confidence", "accuracy", "accuracy_drop", "drift"})
 QUIET_KINDS = frozenset({"new_class", "fallback", "runtime_upgrade"})  # say nothing against a device
 FRESH_SECONDS = 900  # older figures are not shown as current
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}\Z")

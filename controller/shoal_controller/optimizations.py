@@ -14,7 +14,6 @@ from shoal_controller.store.tables import Optimization, Trial, Version
 from shoal_optimizer import objective as objectives
 from shoal_protos.errors import Conflict
 
-DEFAULT_OBJECTIVE = "accuracy>=0; minimise latency_p95"
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -129,5 +128,19 @@ def requeue(session: Session, row: Optimization, *, actor: str, reason: str) -> 
         object=row.id,
         before={"state": before},
         after={"state": "queued"},
+        reason=reason,
+    )
+
+
+def note(session: Session, row: Optimization, verb: str, *, actor: str, reason: str = "") -> None:
+    """Records a change of state that the caller has made."""
+    record(
+        session,
+        project=row.project,
+        actor=actor,
+        verb=verb,
+        kind="optimization",
+        object=row.id,
+        after={"state": row.state},
         reason=reason,
     )

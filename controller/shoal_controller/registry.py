@@ -21,6 +21,8 @@ from shoal_controller.clock import Clock
 from shoal_controller.store.repositories import find, new_id, record
 from shoal_controller.store.tables import Measurement, Model, Optimization, Release, Variant, Version
 from shoal_optimizer import objective as objectives
+from shoal_optimizer.search import frontier
+from shoal_optimizer.search.frontier import Estimate
 from shoal_protos.bundle import check_digest
 from shoal_protos.errors import Conflict, InvalidInput, NotFound
 
@@ -369,14 +371,9 @@ def known_classes(session: Session, version: str) -> list[str]:
 
 def order_by_objective(candidates: Sequence[VariantPoint], text: str) -> list[VariantPoint]:
     """Best first by the objective; a feasible point goes before any infeasible one."""
-    objective = objectives.parse(text)
-    left, ordered = list(candidates), []
-    while left:
-        choice = objective.choose(left)
-        best = next(p for p in left if p.variant == choice.key)
-        ordered.append(best)
-        left.remove(best)
-    return ordered
+    by_key = {c.variant: c for c in candidates}
+    ranked = objectives.parse(text).rank(objectives.Point(c.variant, c.metrics) for c in candidates)
+    return [by_key[point.key] for point in ranked]
 
 
 def best_fronts(
@@ -392,17 +389,13 @@ def best_fronts(
 
 
 def _undominated(candidates: Sequence[VariantPoint]) -> list[VariantPoint]:
-    from shoal_optimizer.search import frontier
-
     by_key = {c.variant: c for c in candidates}
     kept = frontier.front([frontier.Point(c.variant, _estimates(c)) for c in candidates])
     return [by_key[point.key] for point in kept]
 
 
-def _estimates(point: VariantPoint) -> dict[str, Any]:
-    from shoal_optimizer.search.frontier import Estimate
-
-    def estimate(value: Any, low: Any, high: Any) -> Any:
+def _estimates(point: VariantPoint) -> dict[str, Estimate | None]:
+    def estimate(value: Any, low: Any, high: Any) -> Estimate | None:
         if value is None:
             return None
         return Estimate(value) if low is None or high is None else Estimate.from_interval(value, low, high)
@@ -423,7 +416,7 @@ def create_release(
     *,
     actor: str,
     fronts: Mapping[str, Sequence[str]] | None = None,
-    objective: str = "accuracy>=0; minimise latency_p95",
+    objective: str = objectives.DEFAULT,
     note: str = "",
 ) -> Release:
     """Makes a release: class -> variants best first. None = the best front known per class.
@@ -436,7 +429,7 @@ def create_release(
     assert model is not None
     if fronts is None:
         fronts = best_fronts(session, version, objective)
-    chosen = {name: [_own_variant(session, version, key).id for key in keys] for name, keys in fronts.items()}
+    chosen = {name: [own_variant(session, version, key).id for key in keys] for name, keys in fronts.items()}
     if not chosen or not all(chosen.values()):
         raise Conflict(
             f"'{model.name}' v{version.number} has no variants to release.",
@@ -476,7 +469,8 @@ def create_release(
     return row
 
 
-def _own_variant(session: Session, version: Version, key: str) -> Variant:
+def own_variant(session: Session, version: Version, key: str) -> Variant:
+    """The variant of this version with this id, bundle or name. Raises InvalidInput."""
     row = session.get(Variant, key)
     if row is None and key.startswith("sha256:"):
         row = session.scalar(select(Variant).where(Variant.version == version.id, Variant.bundle == key))

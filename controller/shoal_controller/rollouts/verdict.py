@@ -52,7 +52,7 @@ class DeviceObservation:
     detail: str = ""
     before: Period = field(default_factory=Period)
     after: Period = field(default_factory=Period)
-    probed: bool = False
+    back: bool = False  # the bundle of before answers again, or nothing if there was none
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ def classify(device: DeviceObservation, gates: Gates, now_ms: int) -> Outcome:
     """The state of one device, with the reason people read."""
     if device.state in ("failed", "rolled_back", "waiting"):
         return Outcome(device.device, device.state, device.reason, device.detail)
+    if device.state == "silent" and device.connected and not device.wanted:
+        return Outcome(device.device, "updating", "it is back")
     if device.wanted and device.step in ("rolled_back", "failed"):
         return Outcome(device.device, "failed", device.reason or "the update failed", device.detail)
     heard_ms = max(device.last_seen_ms, device.started_ms)
@@ -153,7 +155,7 @@ def classify(device: DeviceObservation, gates: Gates, now_ms: int) -> Outcome:
         return Outcome(device.device, "silent", "planned offline", "It updates when it returns.")
     if silent:
         return Outcome(device.device, "silent", "not heard of", "It updates when it returns.")
-    if device.carried and not device.wanted and not device.connected:
+    if device.state == "silent" and not device.connected:
         return Outcome(device.device, "silent", device.reason, device.detail)
     if late:
         if not device.wanted and device.last_seen_ms < device.started_ms:
