@@ -58,11 +58,7 @@ def context() -> dict[str, Any]:
 
     profile = measure(None)
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions |= {package: found for package in PACKAGES if (found := version_of(package))}
     return {
         "cpu": profile.cpu_model,
         "isa": list(profile.isa_features),
@@ -72,6 +68,14 @@ def context() -> dict[str, Any]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def version_of(package: str) -> str:
+    """The installed version, "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def commit() -> str:

@@ -1,0 +1,462 @@
+"""The story: one real model goes round the whole loop. Every step has a deadline and keeps a promise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal_controller.api import schemas
+from shoal_controller.client import Client
+from shoal_controller.demo import cast, evidence, figures, timing, traffic, worsening
+from shoal_controller.demo.applications import Applications, Feed
+from shoal_controller.demo.narrator import Narrator
+from shoal_controller.demo.relay import Relay
+from shoal_controller.demo.stage import BrokenPromise, Stage
+from shoal_protos.errors import InvalidInput
+
+OBJECTIVE = "accuracy>=0.95, latency_p95<=20ms; minimise size"
+ENDED = ("done", "failed", "cancelled")
+IDLE_S = 20.0
+DEADLINES: Mapping[str, float] = {
+    "train": 120.0,
+    "push": 90.0,
+    "plain": 90.0,
+    "optimize": 180.0,
+    "rollout": 150.0,
+    "finding": 60.0,
+    "adapt": 180.0,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for on the command line."""
+
+    task: Path
+    root: Path
+    json: Path | None = None
+    keep: bool = False
+    minutes: float = 1.0  # of the search
+
+
+@dataclass
+class Story:
+    """Tells the story on a stage. `figures` fills as it goes."""
+
+    plan: Plan
+    stage: Stage
+    narrator: Narrator
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    agents: list[cast.Agent] = field(default_factory=list)
+    relay: Relay | None = None
+    applications: Applications | None = None
+
+    client: Client = field(init=False)
+    task: Any = field(init=False)
+    name: str = field(init=False)
+
+    # ------------------------------------------------------------------ the whole of it
+
+    def tell(self) -> None:
+        """Plays every chapter. Raises BrokenPromise at the first promise that does not hold."""
+        self.name = self.plan.task.stem
+        self.controller_and_agents()
+        self.original()
+        self.plain_variants()
+        self.optimization()
+        self.first_rollout()
+        before = self.before()
+        during, finding = self.the_world_changes()
+        after = self.second_rollout(finding)
+        self.settle_accounts(before, during, after)
+
+    def close(self) -> None:
+        if self.applications is not None:
+            self.applications.close()
+        if self.relay is not None:
+            self.relay.close()
+
+    # ------------------------------------------------------------------ chapters
+
+    def controller_and_agents(self) -> None:
+        with self.narrator.chapter("A controller, and three agents that join it"):
+            self.client = cast.start_controller(self.stage)
+            self.narrator.note(f"dashboard  {self.client.url}/")
+            token = cast.make_token(self.stage)
+            self.relay, by_relay = cast.through_relay(self.stage, token)
+            settings = {
+                name: cast.join(self.stage, name, runtimes, by_relay if name == "hall" else token)
+                for name, runtimes in cast.AGENTS.items()
+            }
+            for name in cast.AGENTS:
+                self.agents.append(cast.start_agent(self.stage, self.client, name, settings[name]))
+            for agent in self.agents:
+                self.narrator.note(
+                    f"{agent.name:<9} {agent.profile_class}  heard after {agent.start_s:.1f} s"
+                )
+        slowest = max(agent.start_s for agent in self.agents)
+        self.figures["agent_start_s"] = figures.figure(slowest, "s", n=len(self.agents))
+
+    def original(self) -> None:
+        with self.narrator.chapter(f"Train the original of {self.plan.task.name}"):
+            folder = self.stage.root / "task"
+            folder.mkdir()
+            self.task_file = Path(shutil.copy(self.plan.task, folder))
+            for name in declared(self.plan.task):
+                copy_into(self.plan.task.parent / name, folder / name)
+            known = set(folder.iterdir())
+            promise = "the original is trained"
+            said = self.stage.run(
+                promise, [sys.executable, self.task_file.name], DEADLINES["train"], cwd=folder
+            )
+            made = sorted(path.name for path in set(folder.iterdir()) - known if path.is_file())
+            self.extra = made
+            for line in said.strip().splitlines()[-3:]:
+                self.narrator.note(line)
+            self.load_task()
+
+    def load_task(self) -> None:
+        """Loads the task here too: its held-out data are the traffic, its original is what is compared."""
+        from shoal_optimizer.task import load_task
+
+        self.task = load_task(self.task_file)
+        held = self.task.data("holdout")
+        if held is None:
+            raise InvalidInput(
+                f"{self.plan.task.name} has no holdout().",
+                "Return inputs that Shoal never sees; the demo sends them as traffic.",
+            )
+        half = len(held) // 2
+        self.field_data, self.test = held.take(slice(0, half)), held.take(slice(half, None))
+        self.tensor = self.task.signature.inputs[0]
+        self.output = self.task.signature.outputs[0].name
+        if self.task.signature.output_kind != "logits":
+            raise InvalidInput("The demo tells its story with a classifier.", "Give it a task with logits.")
+
+    def plain_variants(self) -> None:
+        with self.narrator.chapter("Push it; plain variants serve first, nobody waits for a search"):
+            pushed = time.monotonic()
+            extra = [part for name in self.extra for part in ("--with", name)]
+            promise = "the push is taken"
+            self.stage.shoal(promise, "model", "push", str(self.task_file), "--name", self.name, *extra)
+            self.stage.shoal(
+                "the endpoint is created",
+                *("endpoint", "create", self.name, "--model", self.name, "--objective", OBJECTIVE),
+                *("--sampling-share", "1", "--settle", "2s", "--yes"),
+            )
+            self.narrator.note(f"objective  {OBJECTIVE}")
+            self.narrator.note(
+                "sampling is ON for this endpoint: labelled inputs may leave the devices", "yellow"
+            )
+            self.stage.wait(
+                "every class serves a proved plain variant",
+                self.all_serve,
+                DEADLINES["plain"],
+                explain=self.where,
+            )
+            first = time.monotonic() - pushed
+            baseline = self.client.version(self.name, 1).baseline
+            if baseline is not None and baseline.value is not None:
+                self.narrator.note(f"original   {baseline.value:.4f} right on {baseline.n} evaluation items")
+            for device, placement in self.placements():
+                self.narrator.note(f"{device.name:<9} serves {placement.variant} after its own probe")
+        self.figures["first_variant_s"] = figures.figure(first, "s")
+        self.applications = Applications(
+            [agent.address for agent in self.agents],
+            self.name,
+            self.tensor,
+            self.output,
+            Feed(self.field_data.inputs, self.field_data.targets),
+        )
+
+    def optimization(self) -> None:
+        with self.narrator.chapter("Search for better variants, class by class, with trials on the devices"):
+            began = time.monotonic()
+            if self.applications is not None:
+                self.applications.pause(True)
+            started = self.stage.shoal(
+                "the search is queued",
+                *("optimization", "start", self.name, "--endpoint", self.name),
+                *("--minutes", str(self.plan.minutes)),
+            ).strip()
+            self.narrator.note(f"{started}  {self.client.url}/optimizations/{started}")
+            ended = self.follow(started, "the search finds variants", DEADLINES["optimize"])
+            assert self.relay is not None
+            self.measure_idle(began)
+            if self.applications is not None:
+                self.applications.pause(False)
+            self.release = ended.release
+            self.show_front(1)
+
+    def measure_idle(self, began: float) -> None:
+        """The quietest 20 s of one agent's connection while the search ran."""
+        assert self.relay is not None
+        now = time.monotonic()
+        if now - began < IDLE_S + 1:
+            time.sleep(IDLE_S + 1 - (now - began))
+        idle = self.relay.quietest(began, time.monotonic(), IDLE_S)
+        assert idle is not None
+        self.figures["idle_bytes_per_s"] = figures.figure(idle, "B/s")
+        self.narrator.note(
+            f"idle       {idle:.0f} B/s on the wire of {self.agents[0].name}, both ways, TLS and all"
+        )
+
+    def first_rollout(self) -> None:
+        with self.narrator.chapter("Roll the chosen variants out, one device first"):
+            self.roll_out("the first rollout is promoted")
+            for device, placement in self.placements():
+                self.narrator.note(f"{device.name:<9} serves {placement.variant}")
+
+    def before(self) -> evidence.Rights:
+        with self.narrator.chapter("Send the test items through tritonclient to every agent"):
+            found = self.ask_all(self.test.inputs, "before")
+            original = self.task.predict(self.task.original, self.test.inputs)
+            own = evidence.rights([original], self.test.targets)
+            drop = 100 * (own.share - found.share)
+            low, high = evidence.resampled([own, found], lambda a, b: 100 * (a - b))
+            self.figures["accuracy_drop_points"] = figures.figure(drop, "points", (low, high), found.n)
+            self.narrator.note(f"original   {own.text()}")
+            self.narrator.note(f"deployed   {found.text()}  on {len(self.agents)} agents")
+            self.compare()
+        return found
+
+    def compare(self) -> None:
+        """Speed and size of what was deployed against the original and its plain fp32 form."""
+        assert self.applications is not None
+        self.applications.pause(True)
+        device, placement = next(
+            (d, p)
+            for d, p in self.placements()
+            if "onnxruntime" in d.profile_class and "openvino" not in d.profile_class
+        )
+        agent = next(agent for agent in self.agents if agent.device == device.id)
+        one = np.ascontiguousarray(self.test.inputs[:1])
+        with timing.load(agent.directory / "store", placement.serving) as instance:
+            medians = timing.interleaved(
+                {
+                    "original": timing.eager(self.task, one),
+                    "deployed": timing.deployed(instance, {self.tensor.name: one}),
+                }
+            )
+        self.applications.pause(False)
+        ratios = [a / b for a, b in zip(medians["original"], medians["deployed"], strict=True)]
+        speed = float(np.median(ratios))
+        self.figures["speedup_over_pytorch"] = figures.figure(
+            speed, "ratio", figures.median_interval(ratios), len(ratios)
+        )
+        variants = {variant.bundle: variant for variant in self.client.variants(self.name)}
+        chosen = variants[placement.serving]
+        plain = next(
+            v for v in variants.values() if v.plain and v.target == "onnxruntime" and v.precision == "fp32"
+        )
+        ratio = chosen.wire_bytes / plain.wire_bytes
+        self.figures["size_ratio"] = figures.figure(ratio, "ratio")
+        self.narrator.note(
+            f"{chosen.name}: {speed:.1f} times as fast as PyTorch, {100 * ratio:.1f} % of the size "
+            f"({chosen.wire_bytes:,} of {plain.wire_bytes:,} compressed bytes)"
+        )
+
+    def the_world_changes(self) -> tuple[evidence.Rights, schemas.Finding]:
+        with self.narrator.chapter("The world changes: less contrast, more noise"):
+            assert self.applications is not None
+            low, high = worsening.value_range(self.tensor, self.field_data.inputs)
+            severity, fall = worsening.choose(self.local_fall(low, high))
+            self.narrator.note(f"{severity}: costs {fall:.0f} points on field items that are no test items")
+            worse = worsening.worsen(self.field_data.inputs, severity, low, high)
+            self.worse_test = worsening.worsen(
+                self.test.inputs, severity, low, high, worsening.NOISE_SEED + 1
+            )
+            self.applications.feed = Feed(worse, self.field_data.targets, labelled=True)
+            finding = self.stage.wait("drift is found", self.drift, DEADLINES["finding"])
+            self.narrator.note(f"{finding.id}  {finding.sentence}", "yellow")
+            acting = self.stage.wait(
+                "the loop acts on it", lambda: self.acting(finding.id), DEADLINES["finding"]
+            )
+            self.narrator.note(f"loop       {acting.action.get('sentence', '')}")
+            during = self.ask_all(self.worse_test, "during")
+            self.narrator.note(f"deployed   {during.text()}  on the test items, changed the same way", "red")
+        return during, acting
+
+    def second_rollout(self, finding: schemas.Finding) -> evidence.Rights:
+        with self.narrator.chapter("Adapt the original to the field, distil, quantize, roll out again"):
+            job = str(finding.action.get("optimization") or "")
+            if job:
+                self.follow(job, "the adaptation ends well", DEADLINES["adapt"])
+            rollout = self.stage.wait(
+                "the loop rolls out", lambda: self.rollout_of(finding.id), DEADLINES["rollout"]
+            )
+            self.watch_rollout(rollout, "the second rollout is promoted")
+            assert self.applications is not None
+            posted = self.applications.labels_posted
+            self.narrator.note(f"labels     {posted} posted so far, for a tenth of the requests")
+            return self.ask_all(self.worse_test, "after")
+
+    def settle_accounts(
+        self, before: evidence.Rights, during: evidence.Rights, after: evidence.Rights
+    ) -> None:
+        share = evidence.recovered(before.share, during.share, after.share)
+        interval = evidence.resampled([before, during, after], evidence.recovered)
+        for name, found in (("before", before), ("during", during), ("after", after)):
+            self.figures[f"accuracy_{name}"] = figures.figure(found.share, "share", found.interval, found.n)
+        self.figures["recovered_share"] = figures.figure(share, "share", interval, after.n)
+        rss = [cast.supervisor_rss_mb(agent) for agent in self.agents]
+        self.figures["supervisor_rss_mb"] = figures.figure(max(rss), "MB", n=len(rss))
+        self.figures["story_s"] = figures.figure(self.narrator.elapsed, "s")
+        self.narrator.console.print()
+        for name, found, style in (
+            ("before", before, "green"),
+            ("during", during, "red"),
+            ("after", after, "green"),
+        ):
+            self.narrator.bar(name, found.share, found.text(), style)
+        self.narrator.console.print()
+        self.narrator.note(f"{100 * share:.0f} % of what the change cost came back.", "bold")
+        if share <= 0:
+            raise BrokenPromise("the loop regains accuracy", f"The recovered share is {share:.2f}.")
+
+    # ------------------------------------------------------------------ looking
+
+    def placements(self) -> list[tuple[schemas.Device, schemas.PlacementView]]:
+        """Each agent's device with its placement of the endpoint."""
+        found: list[tuple[schemas.Device, schemas.PlacementView]] = []
+        for agent in self.agents:
+            device = self.client.device(agent.device)
+            found += [
+                (device, placement) for placement in device.placements if placement.endpoint == self.name
+            ]
+        return found
+
+    def all_serve(self) -> bool | None:
+        version = self.client.version(self.name, 1)
+        if version.state == "failed":
+            raise BrokenPromise("the push is imported", version.error)
+        placed = self.placements()
+        serving = [p for _, p in placed if p.serving and p.step == "commit"]
+        return True if len(serving) == len(self.agents) else None
+
+    def where(self) -> str:
+        return "; ".join(f"{d.name}: {p.step} {p.reason} {p.detail}".strip() for d, p in self.placements())
+
+    def follow(self, optimization: str, promise: str, deadline_s: float) -> schemas.Optimization:
+        """Waits for an optimization, telling its steps as they come."""
+        told: list[str] = []
+
+        def look() -> schemas.Optimization | None:
+            found = self.client.optimization(optimization)
+            step = str((found.progress or {}).get("step") or "")
+            if step and (not told or told[-1] != step):
+                told.append(step)
+            return found if found.state in ENDED else None
+
+        ended = self.stage.wait(promise, look, deadline_s, 0.5)
+        self.narrator.note(f"steps      {' > '.join(told)}", "dim")
+        if ended.state != "done":
+            raise BrokenPromise(promise, f"{ended.id} {ended.state}: {ended.error}")
+        return ended
+
+    def show_front(self, version: int) -> None:
+        """The chosen variant of each class beside the alternatives on its front."""
+        for profile_class in sorted({agent.profile_class for agent in self.agents}):
+            self.narrator.note(profile_class, "bold")
+            for variant in self.client.variants(self.name, version, profile_class):
+                for found in variant.classes:
+                    if found.profile_class == profile_class and (found.on_front or found.chosen):
+                        self.narrator.note(f"  {'→' if found.chosen else ' '} {describe(variant, found)}")
+
+    def roll_out(self, promise: str) -> None:
+        started = self.stage.shoal(
+            promise, "rollout", "create", self.name, "--release", self.release, "--waves", "1,100%", "--yes"
+        ).strip()
+        self.watch_rollout(started, promise)
+
+    def watch_rollout(self, rollout: str, promise: str) -> None:
+        """`shoal rollout get -w`: a line a change."""
+        said = self.stage.shoal(
+            promise, "rollout", "get", rollout, "-w", timeout_s=DEADLINES["rollout"]
+        ).strip()
+        self.narrator.note(f"{self.client.url}/rollouts/{rollout}")
+        for line in said.splitlines()[-4:]:
+            self.narrator.note(line)
+
+    def ask_all(self, inputs: Any, prefix: str) -> evidence.Rights:
+        answers = traffic.send_to_all(
+            [agent.address for agent in self.agents], self.name, self.tensor, self.output, inputs, prefix
+        )
+        return evidence.rights([found.outputs for found in answers], self.test.targets)
+
+    def local_fall(self, low: float, high: float) -> Callable[[worsening.Severity], float]:
+        """How many points a severity costs the deployed variant on the field items, found out here."""
+        _, placement = self.placements()[0]
+        store = self.agents[0].directory / "store"
+        instance = timing.load(store, placement.serving)
+
+        def right(inputs: Any) -> float:
+            outputs = instance.run({self.tensor.name: inputs})[self.output]
+            return float((outputs.argmax(axis=-1) == self.field_data.targets).mean())
+
+        clean = right(self.field_data.inputs)
+        return lambda severity: (
+            100 * (clean - right(worsening.worsen(self.field_data.inputs, severity, low, high)))
+        )
+
+    def drift(self) -> schemas.Finding | None:
+        return next((f for f in self.client.findings() if f.kind == "input_drift"), None)
+
+    def acting(self, finding: str) -> schemas.Finding | None:
+        found = self.client.finding(finding)
+        return found if found.action.get("optimization") else None
+
+    def rollout_of(self, finding: str) -> str | None:
+        return str(self.client.finding(finding).action.get("rollout") or "") or None
+
+
+def describe(variant: schemas.Variant, found: schemas.VariantFigures) -> str:
+    accuracy = (
+        f"{100 * found.accuracy.value:.1f} %" if found.accuracy and found.accuracy.value else "unmeasured"
+    )
+    latency = found.latency_p95_ms
+    speed = f"p95 {latency.value:.3f} ms" if latency and latency.value else "latency unmeasured"
+    return f"{variant.name:<34} {accuracy:>8}  {speed}  {variant.wire_bytes / 1000:6.1f} kB"
+
+
+def declared(task: Path) -> list[str]:
+    from shoal_controller.cli.packing import travelling
+
+    return travelling(task)
+
+
+def copy_into(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copy(source, target)
+
+
+def play(plan: Plan, narrator: Narrator, linger: Callable[[Stage], None] | None) -> dict[str, Any]:
+    """Tells the story and returns its figures' document; `linger` keeps the stage up afterwards."""
+    with Stage(plan.root, plan.keep) as stage:
+        story = Story(plan, stage, narrator)
+        try:
+            story.tell()
+            document = figures.document(story.figures)
+            if plan.json is not None:
+                plan.json.write_text(json.dumps(document, indent=2) + "\n")
+            if linger is not None:
+                linger(stage)
+            return document
+        finally:
+            story.close()
+
+
+def scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="shoal-demo-"))
