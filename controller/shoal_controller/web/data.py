@@ -65,7 +65,7 @@ class Data:
         self._app = app
         self._headers = headers or {}
 
-    async def _call(self, kind: Any, method: str, path: str, **request: Any) -> Any:
+    async def _call(self, shape: Any, method: str, path: str, **request: Any) -> Any:
         params = {k: v for k, v in request.pop("params", {}).items() if v not in (None, "")}
         transport = httpx.ASGITransport(app=self._app)
         async with httpx.AsyncClient(
@@ -74,10 +74,10 @@ class Data:
             answer = await client.request(method, path, params=params, **request)
         if answer.status_code >= 400:
             _raise(answer)
-        return _adapter(kind).validate_json(answer.content)
+        return _adapter(shape).validate_json(answer.content)
 
-    async def _get(self, kind: Any, path: str, **params: Any) -> Any:
-        return await self._call(kind, "GET", path, params=params)
+    async def _get(self, shape: Any, path: str, /, **params: Any) -> Any:
+        return await self._call(shape, "GET", path, params=params)
 
     # ------------------------------------------------------------------ reading
 

@@ -262,7 +262,7 @@ class Forest:
     beyond: bool  # the interval lies wholly beyond the gate
 
 
-def forest(effects: Sequence[s.Effect], width: int = 200) -> list[Forest]:
+def forest(effects: Sequence[s.Effect], width: int = 170) -> list[Forest]:
     """Effects of one name in several waves on one shared scale that shows 0 and the gate."""
     values = [0.0]
     for e in effects:

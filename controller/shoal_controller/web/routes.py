@@ -56,10 +56,11 @@ _templates = jinja2.Environment(
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
 )
 _templates.filters.update(view.FILTERS)
-_templates.globals.update(static=STATIC, version=__version__, plots=plots, view=view, statuses=view.STATUSES)
+_templates.globals.update(
+    static=STATIC, shoal_version=__version__, plots=plots, view=view, statuses=view.STATUSES
+)
 
 
 class Page(APIRoute):

@@ -1,0 +1,2 @@
+// An element with properties.
+export const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
