@@ -157,6 +157,10 @@ class Story:
             self.narrator.note(
                 "sampling is ON for this endpoint: labelled inputs may leave the devices", "yellow"
             )
+            plain = self.stage.wait(
+                "the plain variants are released", self.newest_release, DEADLINES["plain"], explain=self.where
+            )
+            self.rollout = self.start_rollout("the plain variants roll out", plain, "100%")
             self.stage.wait(
                 "every class serves a proved plain variant",
                 self.all_serve,
@@ -212,7 +216,8 @@ class Story:
 
     def first_rollout(self) -> None:
         with self.narrator.chapter("Roll the chosen variants out, one device first"):
-            self.roll_out("the first rollout is promoted")
+            rollout = self.start_rollout("the rollout starts", self.release, "1,100%")
+            self.watch_rollout(rollout, "the first rollout is promoted")
             for device, placement in self.placements():
                 self.narrator.note(f"{device.name:<9} serves {placement.variant}")
 
@@ -336,12 +341,15 @@ class Story:
         return found
 
     def all_serve(self) -> bool | None:
+        serving = [p for _, p in self.placements() if p.serving]
+        return True if len(serving) == len(self.agents) else None
+
+    def newest_release(self) -> str | None:
         version = self.client.version(self.name, 1)
         if version.state == "failed":
             raise BrokenPromise("the push is imported", version.error)
-        placed = self.placements()
-        serving = [p for _, p in placed if p.serving and p.step == "commit"]
-        return True if len(serving) == len(self.agents) else None
+        found = self.client.releases(self.name)
+        return max(found, key=lambda release: release.number).id if found else None
 
     def where(self) -> str:
         return "; ".join(f"{d.name}: {p.step} {p.reason} {p.detail}".strip() for d, p in self.placements())
@@ -372,11 +380,11 @@ class Story:
                     if found.profile_class == profile_class and (found.on_front or found.chosen):
                         self.narrator.note(f"  {'→' if found.chosen else ' '} {describe(variant, found)}")
 
-    def roll_out(self, promise: str) -> None:
-        started = self.stage.shoal(
-            promise, "rollout", "create", self.name, "--release", self.release, "--waves", "1,100%", "--yes"
+    def start_rollout(self, promise: str, release: str, waves: str) -> str:
+        """`shoal rollout create`; returns its id."""
+        return self.stage.shoal(
+            promise, "rollout", "create", self.name, "--release", release, "--waves", waves, "--yes"
         ).strip()
-        self.watch_rollout(started, promise)
 
     def watch_rollout(self, rollout: str, promise: str) -> None:
         """`shoal rollout get -w`: a line a change."""
