@@ -152,8 +152,11 @@ def change(
         old.automatic if automatic is None else automatic,
     )
     if new != old:
-        before["settings"], after["settings"] = endpoint.settings, new.to_json()
-        endpoint.settings = new.to_json()
+        merged = {**endpoint.settings}
+        for room, values in new.to_json().items():  # what else a room holds stays
+            merged[room] = {**(endpoint.settings.get(room) or {}), **values}
+        before["settings"], after["settings"] = endpoint.settings, merged
+        endpoint.settings = merged
     if after:
         record(
             session,
@@ -424,3 +427,8 @@ class Wanted:
         """The bundle's digest, "" = none."""
         found = self.of(device)
         return found[0].bundle if found is not None else ""
+
+
+def variant_for(assignment: Assignment | None, profile_class: str) -> str:
+    """The variant id that an assignment names for a class, "" = none."""
+    return str(assignment.choice.get(profile_class, "")) if assignment is not None else ""

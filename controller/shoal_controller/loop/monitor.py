@@ -163,7 +163,8 @@ def _latency(served: Served, spans: Sequence[Span], settings: MonitorSettings) -
     assert found is not None
     name = "p50" if q == 0.5 else "p95"
     limit = served.latency_limit_ms
-    figures = {"value_ms": found.value, "low_ms": found.low, "high_ms": found.high, "n": found.n}
+    figures: dict[str, Any] = {"value_ms": found.value, "low_ms": found.low, "high_ms": found.high}
+    figures["n"] = found.n
     figures |= {"limit_ms": limit, "metric": served.latency_metric}
     where = f"'{served.endpoint_name}' on {served.profile_class}"
     text = (
