@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shoal_optimizer import Task, TensorSpec
 from torch import Tensor, nn
+
+from shoal_optimizer import Task, TensorSpec
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "bearings.pt"
@@ -113,7 +114,7 @@ def train(epochs: int = 12, batch: int = 32) -> nn.Module:
             chosen = order[start : start + batch]
             loss = nn.functional.cross_entropy(model(in_g(vary(inputs[chosen]))), targets[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return model.eval()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shoal_optimizer import Task, TensorSpec
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from shoal_optimizer import Task, TensorSpec
 
 WEIGHTS = Path(__file__).with_name("digits.pt")
 SPLIT_SEED = 7
@@ -81,7 +82,7 @@ def train(epochs: int = 10, batch: int = 32) -> nn.Module:
             chosen = order[start : start + batch]
             loss = nn.functional.cross_entropy(model(scale(shift(inputs[chosen]))), targets[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return model.eval()

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shoal_protos.bundle import TensorSpec
-
+    from shoal_optimizer.data import TaskData
     from shoal_optimizer.recipe import Recipe, Step
-    from shoal_optimizer.task import Task, TaskData, load_task
+    from shoal_optimizer.task import Task, load_task
+    from shoal_protos.bundle import TensorSpec
 
 __all__ = ["Recipe", "Step", "Task", "TaskData", "TensorSpec", "load_task"]
 
@@ -21,7 +21,7 @@ _HOMES = {
     "Recipe": "shoal_optimizer.recipe",
     "Step": "shoal_optimizer.recipe",
     "Task": "shoal_optimizer.task",
-    "TaskData": "shoal_optimizer.task",
+    "TaskData": "shoal_optimizer.data",
     "TensorSpec": "shoal_protos.bundle",
     "load_task": "shoal_optimizer.task",
 }

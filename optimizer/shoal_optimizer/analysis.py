@@ -101,7 +101,7 @@ def _macs(layer: nn.Module, output: Tensor) -> int:
     """Multiply-adds: each output element of a conv or linear layer needs one weight row."""
     weight = getattr(layer, "weight", None)
     kind = type(layer).__name__
-    if weight is None or not (kind.startswith("Conv") or kind.startswith("Linear")):
+    if weight is None or not kind.startswith(("Conv", "Linear")):
         return 0
     if kind.startswith("ConvTranspose"):
         return int(weight.numel() * output.shape[2:].numel())
@@ -118,7 +118,7 @@ def _analyse_onnx(task: Task) -> Analysis:
     import onnx
     from onnx import numpy_helper, shape_inference
 
-    model = shape_inference.infer_shapes(onnx.load(str(task.onnx_file)))  # type: ignore[attr-defined]
+    model = shape_inference.infer_shapes(onnx.load(str(task.onnx_file)))
     graph = model.graph
     weights = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     shapes = {

@@ -12,10 +12,11 @@ import numpy as np
 from shoal_optimizer.targets.base import Exported, load_exported, run_instance
 
 if TYPE_CHECKING:
-    from shoal_agent.runtimes.base import Instance
     from torch import nn
 
-    from shoal_optimizer.task import Task, TaskData
+    from shoal_agent.runtimes.base import Instance
+    from shoal_optimizer.data import TaskData
+    from shoal_optimizer.task import Task
 
 Z95 = 1.959963984540054
 BOOTSTRAP_ROUNDS = 400

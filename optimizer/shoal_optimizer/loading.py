@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shoal_optimizer.task import Items, Task, TaskData, TaskFiles
 from shoal_agent.runtimes.tensors import dtype_of
+from shoal_optimizer.data import Items, TaskData
+from shoal_optimizer.task import Task, TaskFiles
 from shoal_protos.bundle import TensorSpec, digest_of_file
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
 
-_ONNX_DATATYPES = {1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64", 9: "BOOL",
-                   10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64"}  # fmt: skip
+# onnx.TensorProto element types that have a protocol datatype.
+_ONNX_DATATYPES = {
+    1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64",
+    9: "BOOL", 10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64",
+}  # fmt: skip
 
 
 def load_python_task(path: Path) -> Task:

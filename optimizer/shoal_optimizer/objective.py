@@ -5,7 +5,7 @@
 Metrics: `accuracy` (the task's metric, 1 = perfect, `%` allowed), `latency_p50`, `latency_p95`
 (us, ms, s; plain numbers are ms), `memory`, `size` (B, kB, MB, GB, KiB, MiB, GiB; plain numbers are
 bytes). Constraints are joined by commas; after the semicolon comes the goal, or several in order of
-importance: `minimise latency_p95, size`.
+importance: `minimise latency_p95, size; maximise accuracy`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from shoal_protos.errors import InvalidInput
 
@@ -92,9 +93,8 @@ class Objective:
 
     def __str__(self) -> str:
         bounds = ", ".join(f"{c.metric}{c.operator}{_exact(c.metric, c.bound)}" for c in self.constraints)
-        verb = "maximise" if self.goals[0] == ACCURACY else "minimise"
-        goal = f"{verb} {', '.join(self.goals)}"
-        return f"{bounds}; {goal}" if bounds else goal
+        goals = (f"{verb} {', '.join(names)}" for verb, names in groupby(self.goals, _verb))
+        return "; ".join([bounds, *goals] if bounds else goals)
 
     def missed(self, point: Point) -> dict[str, float]:
         """metric -> excess of each constraint that the point does not meet; NaN = unmeasured."""
@@ -218,9 +218,8 @@ def parse(text: str) -> Objective:
 def _parse_goals(verb: str, names: str) -> list[str]:
     goals = [_metric(name.strip()) for name in names.split(",")]
     for metric in goals:
-        wanted = "maximi" if metric == ACCURACY else "minimi"
-        if not verb.startswith(wanted) and (metric == ACCURACY) == (metric == goals[0]):
-            raise InvalidInput(f"'{verb} {metric}' makes models worse.", f"Write {wanted}se {metric}.")
+        if not verb.startswith(_verb(metric)[:6]):
+            raise InvalidInput(f"'{verb} {metric}' makes models worse.", f"Write {_verb(metric)} {metric}.")
     return goals
 
 
@@ -240,6 +239,10 @@ def _parse_constraint(text: str) -> Constraint:
     return Constraint(metric, bound)
 
 
+def _verb(metric: str) -> str:
+    return "maximise" if metric == ACCURACY else "minimise"
+
+
 def _metric(name: str) -> str:
     if name not in METRICS:
         raise InvalidInput(f"'{name[:40]}' is not a metric.", f"Use one of {', '.join(METRICS)}.")
@@ -251,8 +254,10 @@ def _quantity(metric: str, text: str) -> float:
     units = _UNITS[metric]
     unit = match.group(2).lower() if match else ""
     if match is None or unit not in units:
-        known = ", ".join(name for name in units if name) or "a plain number"
-        raise InvalidInput(f"'{text.strip()[:40]}' is no value of {metric}.", f"Use a number with: {known}.")
+        known = "%" if units is _SHARE else "us, ms, s" if units is _TIME else "B, kB, MB, GB, KiB, MiB, GiB"
+        raise InvalidInput(
+            f"'{text.strip()[:40]}' is no value of {metric}.", f"Use a number, or one with: {known}."
+        )
     value = float(match.group(1)) * units[unit]
     if not math.isfinite(value):
         raise InvalidInput(f"'{text.strip()[:40]}' is too large.", "Give a finite bound.")

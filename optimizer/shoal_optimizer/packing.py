@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,10 +25,9 @@ from shoal_protos.bundle import (
 )
 
 if TYPE_CHECKING:
-    from shoal_protos.v1.telemetry_pb2 import SketchSet
-
     from shoal_optimizer.recipe import Recipe
     from shoal_optimizer.task import Task
+    from shoal_protos.v1.telemetry_pb2 import SketchSet
 
 GOLDEN_CASES = 12
 GOLDEN_FILE = "golden.npz"
@@ -90,13 +90,15 @@ def lineage_of(
 
 def tool_versions() -> dict[str, str]:
     """Installed packages that shape a variant -> version."""
-    found = {}
-    for name in _TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: _version(name) for name in _TOOLS}
+    return {name: found for name, found in installed.items() if found}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def pack(
@@ -173,9 +175,11 @@ def golden_cases(exported: Exported, task: Task, instance: Any) -> tuple[bytes, 
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(GOLDEN_CASES, len(chosen))).astype(int)]
     spec, answer = exported.signature.inputs[0], exported.signature.outputs[0]
     stream = io.BytesIO()
-    np.savez_compressed(
-        stream, **{f"input:{spec.name}": data.inputs[chosen], f"output:{answer.name}": outputs[chosen]}
-    )
+    arrays: dict[str, Any] = {
+        f"input:{spec.name}": data.inputs[chosen],
+        f"output:{answer.name}": outputs[chosen],
+    }
+    np.savez_compressed(stream, **arrays)
     scale = float(np.max(np.abs(outputs[chosen]))) or 1.0
     rtol, share = (0.05, 0.05) if exported.precision == "int8" else (1e-2, 1e-3)
     return stream.getvalue(), GoldenCases(GOLDEN_FILE, rtol=rtol, atol=float(f"{share * scale:.3g}"))
@@ -193,79 +197,98 @@ def drift_reference(
 ) -> tuple[SketchSet, SketchSet, dict[str, dict[str, float]]]:
     """Sketches of reference inputs and outputs, and the thresholds from held-out clean data.
 
-    Args:
-        reference: the inputs' sketch where it is known already; else that of `inputs`.
+    Thresholds of outputs have the keys "output_psi" and "output_ks". A given `reference` takes the
+    place of the sketch of `inputs`.
     """
     from shoal_agent.telemetry.sketches import sketch
 
     spec, signature = exported.signature.inputs[0], exported.signature
-    bounds = (spec.low, spec.high)
     if reference is None:
-        reference = sketch(signature.input_kind, inputs, *bounds)
+        reference = sketch(signature.input_kind, inputs, spec.low, spec.high)
     reference_outputs = sketch(signature.output_kind, outputs)
     thresholds: dict[str, dict[str, float]] = {}
-    for size, worst in _input_thresholds(signature.input_kind, bounds, reference, clean_inputs, seed).items():
-        thresholds[str(size)] = dict(worst)
-    found = window_thresholds(
-        signature.output_kind, (None, None), reference_outputs, clean_outputs, seed=seed
-    )
-    for size, worst in found.items():
-        thresholds.setdefault(str(size), {}).update({f"output_{k}": v for k, v in worst.items()})
+    for prefix, base, clean, low, high in (
+        ("", reference, clean_inputs, spec.low, spec.high),
+        ("output_", reference_outputs, clean_outputs, None, None),
+    ):
+        for size, worst in window_thresholds(base, clean, low, high, seed=seed).items():
+            thresholds.setdefault(str(size), {}).update({prefix + k: v for k, v in worst.items()})
     return reference, reference_outputs, thresholds
 
 
-_known_thresholds: dict[str, dict[int, dict[str, float]]] = {}
-
-
-def _input_thresholds(
-    kind: str,
-    bounds: tuple[float | None, float | None],
-    reference: SketchSet,
-    clean: np.ndarray,
-    seed: int,
-) -> dict[int, dict[str, float]]:
-    """`window_thresholds` of inputs, kept by content: all variants of a task see the same inputs."""
-    state = hashlib.sha256(repr((kind, bounds, seed, clean.dtype, clean.shape)).encode())
-    state.update(reference.SerializeToString(deterministic=True))
-    state.update(np.ascontiguousarray(clean).tobytes())
-    key = state.hexdigest()
-    if key not in _known_thresholds:
-        if len(_known_thresholds) >= 16:
-            _known_thresholds.clear()
-        _known_thresholds[key] = window_thresholds(kind, bounds, reference, clean, seed=seed)
-    return _known_thresholds[key]
-
-
 def window_thresholds(
-    kind: str,
-    bounds: tuple[float | None, float | None],
     reference: SketchSet,
     clean: np.ndarray,
+    low: float | None = None,
+    high: float | None = None,
     *,
     sizes: Iterable[int] = WINDOW_SIZES,
     windows: int = WINDOWS,
     seed: int = 0,
 ) -> dict[int, dict[str, float]]:
-    """window size -> {"psi", "ks"}: the largest over clean windows, with a margin.
+    """window size -> {"psi", "ks"}: the largest distance that clean windows reach, with a margin.
 
-    `clean` is held out from the reference: windows of the reference itself look too much like it, and
-    the alarm would be false on the first clean day. Sizes above the held-out data are left out.
+    `clean` [n, ...] is held out from the reference: windows of the reference itself look too much like
+    it, and the alarm would be false on the first clean day. Sizes above n are left out.
     """
+    key = hashlib.sha256(reference.SerializeToString(deterministic=True))
+    key.update(np.ascontiguousarray(clean).tobytes())
+    key.update(repr((low, high, tuple(sizes), windows, seed)).encode())
+    if key.digest() not in _thresholds:
+        _thresholds[key.digest()] = _measure_windows(reference, clean, low, high, sizes, windows, seed)
+        while len(_thresholds) > 64:
+            _thresholds.popitem(last=False)
+    return _thresholds[key.digest()]
+
+
+# Inputs are the same for every variant of a task, so their thresholds are drawn once a process.
+_thresholds: OrderedDict[bytes, dict[int, dict[str, float]]] = OrderedDict()
+
+
+def _measure_windows(
+    reference: SketchSet,
+    clean: np.ndarray,
+    low: float | None,
+    high: float | None,
+    sizes: Iterable[int],
+    windows: int,
+    seed: int,
+) -> dict[int, dict[str, float]]:
     from shoal_agent.telemetry.distances import largest
     from shoal_agent.telemetry.sketches import sketch
 
     random = np.random.default_rng(seed)
     found: dict[int, dict[str, float]] = {}
-    for size in sizes:
-        if size > len(clean):
-            continue
+    for size in (size for size in sizes if size <= len(clean)):
         worst = {"psi": 0.0, "ks": 0.0}
         for _ in range(windows):
-            window = clean[random.choice(len(clean), size, replace=False)]
-            distance = largest(reference, sketch(kind, window, *bounds))
+            chosen = random.choice(len(clean), size, replace=False)
+            distance = largest(reference, sketch(reference.kind, clean[chosen], low, high))
             worst = {name: max(worst[name], distance[name][0]) for name in worst}
-        found[size] = {name: float(f"{value * MARGIN:.4g}") for name, value in worst.items()}
-    return found
+        found[size] = {name: value * MARGIN for name, value in worst.items()}
+    raised = _raised_by_smaller(found, len(clean))
+    return {
+        size: {name: float(f"{value:.4g}") for name, value in worst.items()} for size, worst in raised.items()
+    }
+
+
+def _raised_by_smaller(found: dict[int, dict[str, float]], pool: int) -> dict[int, dict[str, float]]:
+    """Windows that are most of the pool all share its own deviation and hardly differ from each other,
+    so their largest distance is too small for another clean pool. They get at least what the largest
+    independent size promises: psi falls as 1/n, ks as 1/sqrt(n)."""
+    independent = [size for size in found if 4 * size <= pool]
+    if not independent:
+        return found
+    base = max(independent)
+    return {
+        size: worst
+        if size <= base
+        else {
+            "psi": max(worst["psi"], found[base]["psi"] * base / size),
+            "ks": max(worst["ks"], found[base]["ks"] * (base / size) ** 0.5),
+        }
+        for size, worst in found.items()
+    }
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from shoal_protos.errors import InvalidInput
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from shoal_optimizer.data import TaskData
     from shoal_optimizer.targets.base import Calibration
-    from shoal_optimizer.task import Task, TaskData
+    from shoal_optimizer.task import Task
 
 Progress = Callable[[str, float | None, str], None]  # step, share 0..1 or None, message
 

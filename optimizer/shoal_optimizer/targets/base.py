@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -20,9 +21,9 @@ from shoal_protos.bundle import BundleConfig, RuntimeNeed, Signature, open_bundl
 from shoal_protos.errors import InvalidInput, NotFound, ShoalError, Unsupported
 
 if TYPE_CHECKING:
-    from shoal_agent.runtimes.base import Instance
     from torch import nn
 
+    from shoal_agent.runtimes.base import Instance
     from shoal_optimizer.task import Task
 
 PRECISIONS = ("fp32", "int8")
@@ -154,22 +155,19 @@ class Target(ABC):
         return check_parity(exported, model, task)
 
 
-class _clear_errors:
+@contextlib.contextmanager
+def _clear_errors(target: str) -> Iterator[None]:
     """Turns what a converter raises into an InvalidInput that names the model."""
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ShoalError):
-            first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-            raise InvalidInput(
-                f"The model cannot be exported for {self._target}: {type(error).__name__}: {first}",
-                "Avoid data-dependent control flow in forward(); `torch.export.export(model, (x,))` shows where.",
-            ) from error
+    try:
+        yield
+    except ShoalError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InvalidInput(
+            f"The model cannot be exported for {target}: {type(error).__name__}: {(lines or [''])[0][:300]}",
+            "Avoid data-dependent control flow in forward(); `torch.export.export(model, (x,))` shows where.",
+        ) from error
 
 
 def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exported:

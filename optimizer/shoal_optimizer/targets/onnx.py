@@ -103,17 +103,14 @@ def float_graph(model: nn.Module | None, task: Task) -> bytes:
     if model is None or not task.has_module:
         return task.onnx_file.read_bytes()
     key = fingerprint(model, task)
+    path = task.cache_dir / f"graph-{key}.onnx" if task.cache_dir else None
+    stored = path is not None and path.is_file()
     if key not in _graphs:
-        path = task.cache_dir / f"graph-{key}.onnx" if task.cache_dir else None
-        if path is not None and path.is_file():
-            graph = path.read_bytes()
-        else:
-            graph = _export(model, task)
-            if path is not None:
-                _write(path, graph)
-        _graphs[key] = graph
+        _graphs[key] = path.read_bytes() if path is not None and stored else _export(model, task)
         while len(_graphs) > _CACHED_GRAPHS:
             _graphs.popitem(last=False)
+    if path is not None and not stored:
+        _write(path, _graphs[key])
     return _graphs[key]
 
 
@@ -288,7 +285,7 @@ def strip(graph: bytes) -> bytes:
     """Removes what no runtime needs: exporter metadata, documentation, inner shapes."""
     import onnx
 
-    model = onnx.load_from_string(graph)
+    model: Any = onnx.load_from_string(graph)
     del model.metadata_props[:]
     model.doc_string, model.producer_name, model.producer_version = "", "", ""
     del model.graph.value_info[:]
@@ -297,6 +294,7 @@ def strip(graph: bytes) -> bytes:
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
+    value: Any
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
         value.doc_string = ""

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +16,9 @@ from shoal_protos.errors import InvalidInput, NotFound, ShoalError, Unsupported
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from shoal_optimizer.data import TaskData
     from shoal_optimizer.targets.base import Calibration
-    from shoal_optimizer.task import Task, TaskData
+    from shoal_optimizer.task import Task
 
 
 class Cancelled(ShoalError):
@@ -175,7 +176,7 @@ def require_finite(model: nn.Module, name: str) -> None:
             )
 
 
-@lru_cache(maxsize=None)
+@cache
 def find(name: str) -> Technique:
     """The technique named `name`. Raises NotFound, listing what is installed."""
     for entry in entry_points(group="shoal.techniques"):

@@ -16,7 +16,7 @@ from shoal_protos.errors import InvalidInput, MissingExtra
 class ChannelPruning(Technique):
     """Removes the weakest channels by group L2 norm. Always fine-tune afterwards: accuracy collapses.
 
-    Channel counts are rounded up to a multiple of `round_to`: kernels run full vectors, and
+    Channel counts are rounded to a multiple of `round_to`, one at least: kernels run full vectors, and
     unrounded nets were measured slower than unpruned ones. The layer that makes the outputs keeps
     its width; pre- and postprocessing are outside the module and untouched.
     """
@@ -37,7 +37,7 @@ class ChannelPruning(Technique):
         item = torch.from_numpy(np.ascontiguousarray(work.task.required("evaluation").inputs[:2]))
         with torch.no_grad():
             example = work.task.pre(item)
-            wanted = model(example).shape
+            wanted = work.task.guard("model()", lambda: model(example)).shape
         before = sum(p.numel() for p in model.parameters())
         for parameter in model.parameters():
             parameter.requires_grad_(True)  # tracing follows gradients
@@ -49,15 +49,16 @@ class ChannelPruning(Technique):
                     example,
                     importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
                     pruning_ratio=params["ratio"],
+                    pruning_ratio_dict=layer_ratios(model, params["ratio"], params["round_to"]),
                     round_to=params["round_to"],
-                    ignored_layers=_output_layers(model, example),
+                    ignored_layers=output_layers(model, example),
                 ).step()
                 with torch.no_grad():
                     got = model(example).shape
             except Exception as error:
                 raise InvalidInput(
                     f"The model cannot be pruned by channels: {type(error).__name__}: {error}.",
-                    "Avoid fixed sizes in forward() (view(-1, 512)); use flatten(1).",
+                    "Avoid fixed sizes in forward() (reshape(-1, 512)); use flatten(1).",
                 ) from error
         if got != wanted:
             raise InvalidInput(
@@ -68,12 +69,27 @@ class ChannelPruning(Technique):
         return replace(work, model=model.eval()).note(f"channel pruning: {before} -> {after} parameters")
 
 
-def _output_layers(model: Any, example: Any) -> list[Any]:
-    """Layers whose output channels reach the model's output: the last weighted one that ran on each path.
+def layer_ratios(model: Any, ratio: float, round_to: int) -> dict[Any, float]:
+    """layer -> the share to remove so that a multiple of `round_to` channels stays, one at least.
 
-    A layer's output channels reach the model's output when changing one channel's gradient mask does;
-    cheaper and enough: the layers whose output gradient graph has no other weighted layer above it.
+    torch-pruning alone rounds down, and where nothing would be left it prunes nothing.
     """
+    from torch import nn
+
+    found = {}
+    for layer in model.modules():
+        width = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+        if not isinstance(layer, nn.Module) or not isinstance(width, int):
+            continue
+        kept = min(width, max(round_to, round(width * (1 - ratio) / round_to) * round_to))
+        # A quarter of a channel keeps the pruner's own truncation away from the next multiple.
+        found[layer] = 0.0 if kept == width else 1 - (kept + 0.25) / width
+    return found
+
+
+def output_layers(model: Any, example: Any) -> list[Any]:
+    """Weighted layers from which the model's output comes without another weighted layer between:
+    their output channels are the model's, so they keep their width. Found in autograd's graph."""
     import torch
     from torch import nn
 
@@ -90,7 +106,8 @@ def _output_layers(model: Any, example: Any) -> list[Any]:
     handles = [layer.register_forward_hook(remember) for layer in layers]
     try:
         with torch.enable_grad():
-            output = model(example)
+            # Also a frozen model gets a graph when its input asks for gradients.
+            output = model(example.detach().clone().requires_grad_(True))
     finally:
         for handle in handles:
             handle.remove()

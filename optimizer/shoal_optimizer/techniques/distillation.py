@@ -16,7 +16,8 @@ from shoal_protos.errors import InvalidInput
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from shoal_optimizer.task import Task, TaskData
+    from shoal_optimizer.data import TaskData
+    from shoal_optimizer.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,13 @@ class TrainingPlan:
     `alpha` weighs the teacher, 1 - alpha the task's own loss; alpha 0 trains on targets alone.
     """
 
-    epochs: int = 10
-    learning_rate: float = 3e-3
+    epochs: int = 20
+    learning_rate: float = 5e-3
     batch: int = 64
-    alpha: float = 0.7
-    temperature: float = 3.0
+    alpha: float = 0.9
+    temperature: float = 4.0
     weight_decay: float = 1e-4
     seed: int = 0
-
-
-class Diverged(Exception):
-    """The loss became NaN or infinite."""
 
 
 class Distillation(Technique):
@@ -44,11 +41,11 @@ class Distillation(Technique):
 
     name: ClassVar[str] = "distillation"
     parameters: ClassVar[Mapping[str, Parameter]] = {
-        "epochs": Parameter(10, 1, 1000, help="passes over the training data"),
-        "learning_rate": Parameter(3e-3, 1e-6, 1.0, help="peak of the one-cycle schedule"),
+        "epochs": Parameter(20, 1, 1000, help="passes over the training data"),
+        "learning_rate": Parameter(5e-3, 1e-6, 1.0, help="peak of the one-cycle schedule"),
         "batch": Parameter(64, 1, 4096, help="items per step"),
-        "alpha": Parameter(0.7, 0.0, 1.0, help="weight of the teacher"),
-        "temperature": Parameter(3.0, 0.5, 20.0, help="softens the teacher's answers; logits only"),
+        "alpha": Parameter(0.9, 0.0, 1.0, help="weight of the teacher"),
+        "temperature": Parameter(4.0, 0.5, 20.0, help="softens the teacher's answers; logits only"),
     }
 
     def transform(self, work: Work, params: Mapping[str, Any]) -> Work:
@@ -86,16 +83,12 @@ def train(
         Cancelled: `checkpoint` said so.
     """
     start = copy.deepcopy(model.state_dict())
-    for attempt, rate in enumerate((plan.learning_rate, plan.learning_rate / 10)):
-        try:
-            return _train_once(model, task, data, replace(plan, learning_rate=rate), teacher,
-                               augment or task.augment, progress, checkpoint)  # fmt: skip
-        except Diverged:
-            model.load_state_dict(start)
-            progress(
-                0.0,
-                f"the loss diverged at learning rate {rate:g}" + (", trying a tenth" if not attempt else ""),
-            )
+    for rate in (plan.learning_rate, plan.learning_rate / 10):
+        slower = replace(plan, learning_rate=rate)
+        if _train_once(model, task, data, slower, teacher, augment or task.augment, progress, checkpoint):
+            return model
+        model.load_state_dict(start)
+        progress(0.0, f"the loss diverged at learning rate {rate:g}, trying a tenth")
     raise InvalidInput(
         f"Training diverged at learning rates {plan.learning_rate:g} and {plan.learning_rate / 10:g}.",
         "Lower the learning rate, or look for NaN in the training data and in loss().",
@@ -111,7 +104,8 @@ def _train_once(
     augment: Callable[[Tensor], Tensor],
     progress: Callable[[float, str], None],
     checkpoint: Callable[[], None],
-) -> nn.Module:
+) -> bool:
+    """False when the loss stopped being finite."""
     import torch
 
     from shoal_optimizer.task import seeded
@@ -136,13 +130,16 @@ def _train_once(
                 for index in range(batches):
                     checkpoint()
                     chosen = order[index * plan.batch : (index + 1) * plan.batch]
-                    total += _step(model, task, data, chosen, plan, teacher, augment, optimizer)
+                    loss = _step(model, task, data, chosen, plan, teacher, augment, optimizer)
+                    if not math.isfinite(loss):
+                        return False
+                    total += loss
                     schedule.step()
                     done = (epoch + (index + 1) / batches) / plan.epochs
                 progress(done, f"epoch {epoch + 1} of {plan.epochs}, loss {total / batches:.3f}")
     finally:
         model.eval()
-    return model
+    return True
 
 
 def _step(
@@ -169,9 +166,9 @@ def _step(
         loss = (1 - plan.alpha) * loss + plan.alpha * matched
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise Diverged
+        return value
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
     return value

@@ -1,0 +1,110 @@
+"""What every target promises, run over every installed one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal_agent import runtimes
+from shoal_optimizer import targets
+from shoal_optimizer.targets import ClassSpec, Exported, Target
+from shoal_optimizer.task import Task, load_task
+from shoal_protos.bundle import BundleConfig, open_bundle, write_bundle
+from shoal_protos.errors import InvalidInput, NotFound, Unsupported
+
+NAMES = sorted(entry.name for entry in entry_points(group="shoal.targets"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestTarget:
+    @pytest.fixture
+    def target(self, name: str) -> Target:
+        return targets.find(name)
+
+    @pytest.fixture
+    def exports(self, target: Target, quadrants: Task, local_class: ClassSpec) -> dict[str, Exported]:
+        return {
+            precision: target.export(quadrants.original, quadrants, precision, class_spec=local_class)
+            for precision in target.precisions
+        }
+
+    def test_it_has_its_name_and_says_which_classes_it_serves(self, target: Target, name: str) -> None:
+        assert target.name == name
+        assert target.serves(ClassSpec.of("c", (), {name: "1.0"}))
+        assert not target.serves(ClassSpec.of("c", (), {"another": "1.0"}))
+
+    def test_the_signature_is_the_tasks_own(self, exports: dict[str, Exported], quadrants: Task) -> None:
+        for precision, exported in exports.items():
+            assert exported.signature == quadrants.signature
+            assert exported.runtime.precision == exported.precision == precision
+            assert exported.model_file in exported.files
+
+    def test_a_bundle_of_it_loads_and_answers_any_batch(
+        self, exports: dict[str, Exported], quadrants: Task, tmp_path: Path
+    ) -> None:
+        pixels = quadrants.required("evaluation").inputs
+        wanted = quadrants.predict(quadrants.original, pixels[:7])
+        for precision, exported in exports.items():
+            layout = tmp_path / precision
+            config = BundleConfig(exported.signature, exported.runtime)
+            bundle = open_bundle(layout, write_bundle(layout, config, exported.files))
+            with runtimes.find(exported.runtime.name).load(bundle) as instance:
+                for count in (1, 7, 2):
+                    got = instance.run({"pixels": pixels[:count]})["logits"]
+                    assert got.shape == (count, 4)
+                    assert np.mean(got.argmax(1) == wanted[:count].argmax(1)) == 1.0
+
+    def test_parity_with_torch_is_in_the_facts(self, exports: dict[str, Exported]) -> None:
+        facts = exports["fp32"].facts
+        assert facts["parity_max"] < 1e-3
+        assert facts["parity_agreement"] == 1.0
+        assert facts["int8_share"] is None
+        assert exports["int8"].facts["parity_agreement"] > 0.95
+        assert exports["int8"].facts["int8_share"] == 1.0
+
+    def test_int8_is_smaller(self, exports: dict[str, Exported]) -> None:
+        assert exports["int8"].wire_bytes < 0.5 * exports["fp32"].wire_bytes
+
+    def test_equal_models_give_equal_bytes(
+        self, target: Target, exports: dict[str, Exported], quadrants: Task, local_class: ClassSpec
+    ) -> None:
+        again = target.export(quadrants.original, quadrants, "int8", class_spec=local_class)
+        assert again.files == exports["int8"].files
+
+    def test_an_unknown_precision_is_refused(self, target: Target, quadrants: Task) -> None:
+        with pytest.raises(Unsupported, match="int3"):
+            target.export(quadrants.original, quadrants, "int3")
+
+    def test_a_model_that_answers_at_random_is_refused(
+        self, target: Target, write_task: Callable[[str], Path]
+    ) -> None:
+        path = write_task(
+            "import numpy as np, torch\n"
+            "from torch import nn\n"
+            "from shoal_optimizer import Task, TensorSpec\n"
+            "class Dice(nn.Module):\n"
+            "    def forward(self, x): return x[:, :2] + torch.rand_like(x[:, :2])\n"
+            "class Random(Task):\n"
+            "    input = TensorSpec('x', 'FP32', (-1, 3))\n"
+            "    output_kind = 'logits'\n"
+            "    def model(self): return Dice()\n"
+            "    def evaluation(self): return np.zeros((9, 3), np.float32), np.zeros(9, np.int64)\n"
+        )
+        task = load_task(path)
+        with pytest.raises(InvalidInput, match="answers differently"):
+            target.export(task.original, task)
+
+
+def test_an_unknown_target_lists_the_known_ones() -> None:
+    with pytest.raises(NotFound, match="onnxruntime"):
+        targets.find("abacus")
+
+
+def test_available_targets_follow_the_runtimes_of_the_class(local_class: ClassSpec) -> None:
+    assert [target.name for target in targets.available(local_class)] == ["onnxruntime", "openvino"]
+    only = ClassSpec.of("c", (), {"openvino": "2026.4"})
+    assert [target.name for target in targets.available(only)] == ["openvino"]
