@@ -63,6 +63,10 @@ class Prober(Protocol):
         ...
 
 
+def _log_bug(error: BaseException) -> None:
+    log.error("the update machine failed", exc_info=error)
+
+
 class _NotNow(Exception):
     """Trust lets nothing be installed now."""
 
@@ -76,6 +80,7 @@ class Updates:
         failure_logs: the last logs of supervisor, server and probe.
         on_change: told after every change of any state.
         memory_available: bytes that a new instance may take.
+        on_bug: told of an exception that no rule of the machine foresees.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Updates:
         failure_logs: Callable[[], bytes] = bytes,
         on_change: Callable[[], None] = lambda: None,
         memory_available: Callable[[], int] = lambda: 1 << 62,
+        on_bug: Callable[[BaseException], None] = _log_bug,
     ) -> None:
         self._path, self._trust, self._store, self._source = path, trust, store, source
         self._server, self._prober, self._profile, self._pull = server, prober, profile, pull
@@ -110,6 +116,7 @@ class Updates:
         self._baselines: dict[Key, tuple[str, deque[telemetry_pb2.Histogram]]] = {}
         self._keep: frozenset[str] = frozenset()
         self._stopped = False
+        self._on_bug = on_bug
         self.measuring = asyncio.Lock()  # a probe and a trial must not disturb each other
         self._actions: Mapping[Step, Callable[[PlacementState], Awaitable[machine.Event]]] = {
             Step.FETCH: self._fetch,
@@ -159,7 +166,7 @@ class Updates:
         """A fresh server answers; it has nothing loaded yet."""
         self._live.clear()
         for key in list(self._states):
-            self._restores[key] = asyncio.ensure_future(self._restore(key))
+            self._restores[key] = self._spawn(self._restore(key))
         self._on_change()
 
     def server_died(self) -> None:
@@ -267,7 +274,17 @@ class Updates:
             task.cancel()
         state = self._states.get(key)
         if state is not None and state.step in self._actions:
-            self._tasks[key] = asyncio.ensure_future(self._run_action(key, state))
+            self._tasks[key] = self._spawn(self._run_action(key, state))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(self._look_at)
+        return task
+
+    def _look_at(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_bug(error)
 
     async def _run_action(self, key: Key, state: PlacementState) -> None:
         try:
