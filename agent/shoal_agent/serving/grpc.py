@@ -1,0 +1,423 @@
+"""gRPC: the Open Inference Protocol as `inference.GRPCInferenceService`, on grpcio's threads.
+
+The C core costs more than the model at small sizes; four threads run the runtime themselves, since it
+releases the GIL. Waiting calls are bounded: beyond the bound a call is refused at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+
+from shoal_agent.runtimes.tensors import Array, check_batch, datatype_of
+from shoal_agent.serving import describe
+from shoal_agent.serving.dataplane import DataPlane, Loaded
+from shoal_agent.serving.errors import RETRY_AFTER_S, as_shoal, grpc_code
+from shoal_agent.serving.wire import Codec, classify, pack_text, view_of
+from shoal_protos.errors import Conflict, Denied, InvalidInput, Overloaded, Unsupported
+from shoal_protos.oip import service_pb2 as oip
+
+log = logging.getLogger("shoal.serving")
+
+SERVICE = "inference.GRPCInferenceService"
+THREADS = 4
+STREAMS = 16
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+
+
+class _Pool(ThreadPoolExecutor):
+    """Counts the calls that wait for a thread."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, thread_name_prefix=name)
+        self.waiting = 0
+        self._count = threading.Lock()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def counted() -> Any:
+            with self._count:
+                self.waiting -= 1
+            return fn(*args, **kwargs)
+
+        with self._count:
+            self.waiting += 1
+        return super().submit(counted)
+
+
+class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Finds handlers by method name, and refuses inference when too many calls wait."""
+
+    def __init__(self, plane: DataPlane, pool: _Pool, max_queue: int) -> None:
+        self._pool, self._max_queue = pool, max_queue
+        self._streams = _Pool(STREAMS, "shoal-stream")
+        self._refusals = _Pool(1, "shoal-refusal")
+        self._handlers = _handlers(Calls(plane), self._streams)
+        self._busy = _refusal(self._refusals)
+        self._busy_stream = _stream_refusal(self._refusals)
+
+    def service(self, details: Any) -> Any:
+        service, _, method = details.method.lstrip("/").partition("/")
+        if service != SERVICE:
+            return None
+        if method == "ModelInfer" and self._pool.waiting >= self._max_queue:
+            return self._busy
+        if method == "ModelStreamInfer" and self._streams.waiting:
+            return self._busy_stream
+        return self._handlers.get(method)
+
+    def close(self) -> None:
+        for pool in (self._pool, self._streams, self._refusals):
+            pool.shutdown(wait=False)
+
+
+def _guarded(call: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """Turns domain errors into gRPC statuses."""
+
+    def handle(request: Any, context: Any) -> Any:
+        try:
+            return call(request)
+        except Exception as error:
+            return _abort(context, error)
+
+    return handle
+
+
+def _abort(context: Any, error: Exception) -> Any:
+    known = as_shoal(error)
+    if known is not error:
+        log.error("A call failed.", exc_info=error)
+    code = grpc_code(known)
+    if code == "UNAVAILABLE":
+        pushback = str(RETRY_AFTER_S * 1000)
+        context.set_trailing_metadata(
+            (("retry-after", str(RETRY_AFTER_S)), ("grpc-retry-pushback-ms", pushback))
+        )
+    context.abort(getattr(grpc.StatusCode, code), str(known))
+
+
+def _unary(call: Callable[[Any], Any], request: Any) -> Any:
+    return grpc.unary_unary_rpc_method_handler(
+        _guarded(call),
+        request_deserializer=request.FromString,
+        response_serializer=lambda message: message.SerializeToString(),
+    )
+
+
+def _refusal(pool: ThreadPoolExecutor) -> Any:
+    def busy(_: Any) -> Any:
+        raise Overloaded("Too many requests are waiting already.", "Try again in a second.")
+
+    handle = _guarded(busy)
+    handle.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _stream_refusal(pool: ThreadPoolExecutor) -> Any:
+    def busy(_: Any, context: Any) -> Iterator[bytes]:
+        _abort(
+            context, Overloaded(f"{STREAMS} streams are open already.", "Use unary calls or fewer streams.")
+        )
+        yield b""
+
+    busy.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    return grpc.stream_stream_rpc_method_handler(busy)
+
+
+def _handlers(calls: Calls, streams: ThreadPoolExecutor) -> dict[str, Any]:
+    def stream(requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        return calls.stream(requests)
+
+    stream.experimental_thread_pool = streams  # type: ignore[attr-defined]
+    return {
+        "ServerLive": _unary(calls.server_live, oip.ServerLiveRequest),
+        "ServerReady": _unary(calls.server_ready, oip.ServerReadyRequest),
+        "ModelReady": _unary(calls.model_ready, oip.ModelReadyRequest),
+        "ServerMetadata": _unary(calls.server_metadata, oip.ServerMetadataRequest),
+        "ModelMetadata": _unary(calls.model_metadata, oip.ModelMetadataRequest),
+        "ModelConfig": _unary(calls.model_config, oip.ModelConfigRequest),
+        "ModelStatistics": _unary(calls.statistics, oip.ModelStatisticsRequest),
+        "RepositoryIndex": _unary(calls.index, oip.RepositoryIndexRequest),
+        "RepositoryModelLoad": _unary(calls.refuse, oip.RepositoryModelLoadRequest),
+        "RepositoryModelUnload": _unary(calls.refuse, oip.RepositoryModelUnloadRequest),
+        "ModelInfer": _unary(calls.infer, oip.ModelInferRequest),
+        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
+            stream,
+            request_deserializer=oip.ModelInferRequest.FromString,
+            response_serializer=oip.ModelStreamInferResponse.SerializeToString,
+        ),
+    }
+
+
+class Calls:
+    """The protocol's calls as functions from message to message; they raise domain errors."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+
+    def server_live(self, _: Any) -> Any:
+        return oip.ServerLiveResponse(live=True)
+
+    def server_ready(self, _: Any) -> Any:
+        return oip.ServerReadyResponse(ready=self._plane.ready())
+
+    def model_ready(self, request: Any) -> Any:
+        self._plane.find(request.name, request.version)
+        return oip.ModelReadyResponse(ready=True)
+
+    def server_metadata(self, _: Any) -> Any:
+        return oip.ServerMetadataResponse(**describe.server_metadata())
+
+    def model_metadata(self, request: Any) -> Any:
+        found = describe.model_metadata(self._plane.find(request.name, request.version))
+
+        def described(item: Mapping[str, Any]) -> Any:
+            return oip.ModelMetadataResponse.TensorMetadata(
+                name=item["name"], datatype=item["datatype"], shape=item["shape"]
+            )
+
+        return oip.ModelMetadataResponse(
+            name=found["name"],
+            versions=found["versions"],
+            platform=found["platform"],
+            inputs=[described(item) for item in found["inputs"]],
+            outputs=[described(item) for item in found["outputs"]],
+        )
+
+    def model_config(self, request: Any) -> Any:
+        found = describe.model_config(self._plane.find(request.name, request.version))
+        number = describe.DATA_TYPES
+        return oip.ModelConfigResponse(
+            config=oip.ModelConfig(
+                name=found["name"],
+                platform=found["platform"],
+                backend=found["backend"],
+                max_batch_size=found["max_batch_size"],
+                input=[
+                    oip.ModelInput(name=i["name"], data_type=number[i["data_type"][5:]], dims=i["dims"])
+                    for i in found["input"]
+                ],
+                output=[
+                    oip.ModelOutput(name=o["name"], data_type=number[o["data_type"][5:]], dims=o["dims"])
+                    for o in found["output"]
+                ],
+            )
+        )
+
+    def statistics(self, request: Any) -> Any:
+        if request.name:
+            found = [self._plane.find(request.name, request.version)]
+        else:
+            found = [part for part in self._plane.loaded() if part.role == "primary"]
+        return oip.ModelStatisticsResponse(model_stats=[_statistics(part) for part in found])
+
+    def index(self, request: Any) -> Any:
+        row = oip.RepositoryIndexResponse.ModelIndex
+        return oip.RepositoryIndexResponse(
+            models=[
+                row(name=r["name"], version=r["version"], state=r["state"], reason=r["reason"])
+                for r in self._plane.index()
+                if not request.ready or r["state"] == "READY"
+            ]
+        )
+
+    def refuse(self, _: Any) -> Any:
+        raise Denied(
+            "Loading and unloading are open to the device's own supervisor only.",
+            "Change what a device serves through its fleet's controller.",
+        )
+
+    def infer(self, request: Any) -> Any:
+        started = time.perf_counter_ns()
+        loaded = self._plane.find(request.model_name, request.model_version)
+        try:
+            inputs, batch = _inputs(loaded.codec, request)
+            wanted = _wanted(loaded.codec, request)
+        except (InvalidInput, Unsupported):
+            loaded.observer.invalid()
+            raise
+        outputs = self._plane.infer(loaded, inputs, batch, request.id, started)
+        return _response(loaded, request.id, wanted, outputs)
+
+    def stream(self, requests: Iterator[Any]) -> Iterator[Any]:
+        """Answers each request of a stream in order; an error ends its request, not the stream."""
+        yield from map(self._stream_answer, requests)
+
+    def _stream_answer(self, request: Any) -> Any:
+        try:
+            return oip.ModelStreamInferResponse(infer_response=self.infer(request))
+        except Exception as error:
+            # The client finds the failed request by its id.
+            failed = oip.ModelInferResponse(model_name=request.model_name, id=request.id)
+            return oip.ModelStreamInferResponse(error_message=str(as_shoal(error)), infer_response=failed)
+
+
+def _inputs(codec: Codec, request: Any) -> tuple[dict[str, Array], int]:
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            f"There are {len(request.inputs)} inputs, but {len(raw)} raw_input_contents.",
+            "Send all tensors raw or none.",
+        )
+    inputs: dict[str, Array] = {}
+    shapes = []
+    for place, tensor in enumerate(request.inputs):
+        name, shape = tensor.name, list(tensor.shape)
+        if "shared_memory_region" in tensor.parameters:
+            raise Unsupported("Shared memory is not offered here.", "Send the tensor in the request.")
+        spec, dtype = codec.check_tensor(name, tensor.datatype, shape)
+        if name in inputs:
+            raise InvalidInput(f"Input '{name}' is given twice.")
+        size = int(np.prod(shape, dtype=np.int64))
+        if raw:
+            if len(raw[place]) != size * dtype.itemsize:
+                raise InvalidInput(
+                    f"Input '{name}' has {len(raw[place])} bytes, but {spec.datatype} {shape} is "
+                    f"{size * dtype.itemsize} bytes."
+                )
+            inputs[name] = view_of(raw[place], dtype, shape)
+        else:
+            inputs[name] = _typed(tensor, dtype, size).reshape(shape)
+        shapes.append((spec, shape))
+    for spec in codec.signature.inputs:
+        if spec.name not in inputs:
+            raise InvalidInput(f"Input '{spec.name}' is missing.")
+    return inputs, check_batch(shapes)
+
+
+def _typed(tensor: Any, dtype: np.dtype[Any], size: int) -> Array:
+    field = _CONTENTS.get(tensor.datatype)
+    if field is None:
+        raise InvalidInput(
+            f"{tensor.datatype} has no typed contents in the protocol.", "Send raw_input_contents."
+        )
+    values = np.asarray(getattr(tensor.contents, field))
+    if len(values) != size:
+        raise InvalidInput(
+            f"Input '{tensor.name}' has {len(values)} values in {field}, but the shape needs {size}."
+        )
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        if int(values.min()) < limits.min or int(values.max()) > limits.max:
+            raise InvalidInput(f"A value of input '{tensor.name}' is outside of {tensor.datatype}.")
+    return values.astype(dtype)
+
+
+def _wanted(codec: Codec, request: Any) -> list[tuple[str, int]]:
+    """(output, number of classes asked for or 0)."""
+    if not request.outputs:
+        return [(spec.name, 0) for spec in codec.signature.outputs]
+    wanted = []
+    for output in request.outputs:
+        if "shared_memory_region" in output.parameters:
+            raise Unsupported("Shared memory is not offered here.", "Take the tensor from the answer.")
+        count = (
+            output.parameters["classification"].int64_param if "classification" in output.parameters else 0
+        )
+        wanted.append((codec.check_output(output.name), max(0, int(count))))
+    return wanted
+
+
+def _response(
+    loaded: Loaded, request_id: str, wanted: list[tuple[str, int]], outputs: dict[str, Array]
+) -> Any:
+    response = oip.ModelInferResponse(model_name=loaded.endpoint, model_version=loaded.version, id=request_id)
+    labels = loaded.bundle.config.signature.labels
+    for name, classes in wanted:
+        array = outputs[name]
+        if classes:
+            names = classify(array, classes, labels)
+            response.outputs.add(name=name, datatype="BYTES", shape=names.shape)
+            response.raw_output_contents.append(pack_text(names))
+        else:
+            response.outputs.add(name=name, datatype=datatype_of(array.dtype), shape=array.shape)
+            response.raw_output_contents.append(array.tobytes())
+    return response
+
+
+def _statistics(loaded: Loaded) -> Any:
+    found = describe.statistics(loaded)
+    stats = oip.InferStatistics(
+        **{name: oip.StatisticDuration(**value) for name, value in found["inference_stats"].items()}
+    )
+    return oip.ModelStatistics(
+        name=found["name"],
+        version=found["version"],
+        last_inference=found["last_inference"],
+        inference_count=found["inference_count"],
+        execution_count=found["execution_count"],
+        inference_stats=stats,
+    )
+
+
+class GrpcServer:
+    """The listening server.
+
+    Args:
+        tls: (certificate chain, private key), PEM; None = plain text.
+
+    Raises:
+        Conflict: the port is in use.
+    """
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        host: str,
+        port: int,
+        *,
+        max_message: int,
+        max_queue: int = 256,
+        tls: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        pool = _Pool(THREADS, "shoal-grpc")
+        self._service = _Service(plane, pool, max_queue)
+        self._server = grpc.server(
+            pool,
+            handlers=(self._service,),
+            options=(
+                ("grpc.max_receive_message_length", max_message),
+                ("grpc.max_send_message_length", max_message),
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+            ),
+        )
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if tls is None:
+                self.port = int(self._server.add_insecure_port(address))
+            else:
+                credentials = grpc.ssl_server_credentials([(tls[1], tls[0])])
+                self.port = int(self._server.add_secure_port(address, credentials))
+        except RuntimeError:
+            self.port = 0
+        if self.port == 0:
+            self._service.close()
+            raise Conflict(
+                f"Port {port} on {host} is in use or cannot be bound.",
+                "Stop the other program or choose another port, 0 for a free one.",
+            )
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Accepts no more, lets running calls end. Blocking."""
+        self._server.stop(grace_s).wait(grace_s + 1)
+        self._service.close()
