@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return exits.INTERRUPTED
     except Exception as error:
-        logging.getLogger("shoal.up").debug("stopped", exc_info=True)
+        logging.getLogger("shoal.up").info("Ended by an error", exc_info=True)
         exits.explain(error)
         # 4 would mean that a controller elsewhere does not answer.
         code = exits.code_of(error)
