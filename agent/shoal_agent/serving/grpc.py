@@ -6,6 +6,7 @@ releases the GIL. Waiting calls are bounded: beyond the bound a call is refused 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
