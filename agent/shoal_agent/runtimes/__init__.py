@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from shoal_protos.errors import MissingExtra, ShoalError, Unsupported
 if TYPE_CHECKING:
     from shoal_agent.runtimes.base import Runtime, RuntimeInfo
 
+# A supervisor told to use some runtimes only tells its children here.
+RUNTIMES_VARIABLE = "SHOAL_RUNTIMES"
 # A source tree on the path has no entry points of its own.
 _BUILT_IN: Mapping[str, str] = {
     "onnxruntime": "shoal_agent.runtimes.onnxruntime:OnnxRuntime",
@@ -26,14 +29,23 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *(point.name for point in metadata.entry_points(group="shoal.runtimes"))})
 
 
-@functools.cache
 def find(name: str) -> Runtime:
     """The runtime called `name`.
 
     Raises:
-        Unsupported: no plug-in of this name.
+        Unsupported: no plug-in of this name, or one that this agent is told not to use.
         MissingExtra: the plug-in itself cannot be imported (numpy is missing).
     """
+    allowed = os.environ.get(RUNTIMES_VARIABLE, "")
+    if allowed and name not in allowed.split(","):
+        raise Unsupported(
+            f"This agent is set up without the runtime '{name[:40]}'.", f"Its runtimes are {allowed}."
+        )
+    return _plug_in(name)
+
+
+@functools.cache
+def _plug_in(name: str) -> Runtime:
     path = _BUILT_IN.get(name, "")
     for point in metadata.entry_points(group="shoal.runtimes", name=name):
         path = point.value

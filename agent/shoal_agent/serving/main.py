@@ -30,7 +30,7 @@ from shoal_protos.v1.desired_pb2 import PlacementSettings, RuntimeOptions
 log = logging.getLogger("shoal.serving")
 
 HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
-GRACE_S = 10.0
+GRACE_S = 8.0  # less than a supervisor waits before it kills
 MAX_BODY = 64 << 20
 WAIT_VARIABLE = "SHOAL_LABEL_WAIT_S"
 
@@ -173,12 +173,6 @@ class Server:
         settings = self._settings
         public = App(self.plane, max_body=settings.max_body)
         tls, pem = _load_tls(settings.tls)
-        if settings.state is not None:
-            folder = settings.state / "run"
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            private = App(self.plane, private=True, max_body=settings.max_body)
-            self._listeners.append(await listen_unix(private, folder / "private.sock", 0o600))
-            self._listeners.append(await listen_unix(public, folder / "app.sock", 0o660))
         http = await listen_tcp(public, settings.host, settings.http_port, tls)
         self._listeners.append(http)
         server = GrpcServer(
@@ -196,7 +190,16 @@ class Server:
             self._listeners.append(metrics)
             metrics_port = metrics.port
         server.start()
-        return {"http": http.port, "grpc": server.port, "metrics": metrics_port, "host": settings.host}
+        ports = {"http": http.port, "grpc": server.port, "metrics": metrics_port, "host": settings.host}
+        if settings.state is not None:
+            folder = settings.state / "run"
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write_ports(folder / "ports.json", ports)
+            self._listeners.append(await listen_unix(public, folder / "app.sock", 0o660))
+            # Last: once it answers, the supervisor reads the ports.
+            private = App(self.plane, private=True, max_body=settings.max_body)
+            self._listeners.append(await listen_unix(private, folder / "private.sock", 0o600))
+        return ports
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """Ends gracefully: no new connections, running requests are answered."""
@@ -233,7 +236,9 @@ async def _serve(settings: Settings, write: Callable[[str], object]) -> None:
         if settings.bundle is not None:
             await loop.run_in_executor(None, _load_alone, server, settings, write)
         ports = await server.start()
-        _announce(settings, ports, write)
+        if not settings.managed:
+            write(json.dumps(ports) + "\n")
+            sys.stdout.flush()
         await stopping.wait()
     finally:
         await server.stop()
@@ -257,15 +262,9 @@ def _load_alone(server: Server, settings: Settings, write: Callable[[str], objec
     )
 
 
-def _announce(settings: Settings, ports: dict[str, object], write: Callable[[str], object]) -> None:
-    text = json.dumps(ports)
-    if settings.state is None:
-        write(text + "\n")
-        sys.stdout.flush()
-        return
-    target = settings.state / "run" / "ports.json"
+def _write_ports(target: Path, ports: dict[str, object]) -> None:
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(json.dumps(ports))
     temporary.replace(target)
 
 
