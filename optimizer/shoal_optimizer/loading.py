@@ -166,7 +166,9 @@ class OnnxTask(Task):
         classes = targets.ndim == 1 and targets.dtype.kind in "iu"
         self.output_kind = "logits" if classes else "values"  # type: ignore[misc]
         self.output = _spec(graph.output[0])  # type: ignore[misc]
-        self.input_kind = "image" if len(self.input.shape) == 4 else "tensor"  # type: ignore[misc]
+        # Images are recognised by their channels only where they come last; else any tensor will do.
+        image = len(self.input.shape) == 4 and self.input.shape[-1] in (1, 3, 4)
+        self.input_kind = "image" if image else "tensor"  # type: ignore[misc]
         if "labels" in stored:
             self.labels = tuple(str(name) for name in stored["labels"])  # type: ignore[misc]
 

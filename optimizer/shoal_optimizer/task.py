@@ -282,6 +282,8 @@ class Task:
             shape=(-1, *outputs.shape[1:]),
         )
         _check_output(self, declared, outputs)
+        if self.counts_correct:
+            _check_targets(self, outputs.shape[-1])
         return Signature(
             inputs=(self.input,),
             outputs=(declared,),
@@ -315,8 +317,14 @@ class Task:
         """The metric, refused unless it is a finite number.
 
         Raises:
-            InvalidInput: `metric()` raises, or gives NaN, infinity or no number.
+            InvalidInput: the outputs contain NaN, `metric()` raises, or gives no finite number.
         """
+        if np.isnan(outputs).any():
+            share = float(np.isnan(outputs).reshape(len(outputs), -1).any(axis=1).mean())
+            raise InvalidInput(
+                f"The model of {type(self).__name__} answers NaN for {share:.0%} of the inputs.",
+                "Look for divisions by zero, logarithms of zero and broken weights in the model.",
+            )
         value = self.guard("metric()", lambda: self.metric(outputs, targets))
         try:
             number = float(value)
@@ -325,7 +333,7 @@ class Task:
         if not math.isfinite(number):
             raise InvalidInput(
                 f"{type(self).__name__}.metric() gives {value!r}.",
-                "Return one finite number, higher meaning better; look for NaN in the model's outputs.",
+                "Return one finite number, higher meaning better.",
             )
         return number
 
@@ -450,3 +458,23 @@ def _check_output(task: Task, spec: TensorSpec, outputs: np.ndarray) -> None:
             f"The model gives {outputs.shape[-1]} logits, the task has {len(task.labels)} labels.",
             "Name one label for each logit.",
         )
+
+
+def _check_targets(task: Task, classes: int) -> None:
+    """The default metric and loss of logits need class numbers."""
+    for split in ("evaluation", "training"):
+        data = task.data(split)
+        if data is None:
+            continue
+        targets = data.targets
+        where = f"{type(task).__name__}.{split}()"
+        if targets.ndim != 1 or targets.dtype.kind not in "iu":
+            raise InvalidInput(
+                f"{where} gives targets of shape {list(targets.shape)} and type {targets.dtype}.",
+                "Give one class number an item, or write metric() and loss().",
+            )
+        if targets.min() < 0 or targets.max() >= classes:
+            raise InvalidInput(
+                f"{where} gives classes {targets.min()} to {targets.max()}, the model has {classes} logits.",
+                "Number the classes from 0 in the order of `labels`.",
+            )

@@ -68,6 +68,8 @@ def _refusal(path: Path, use: Callable[[Task], object] = lambda task: task.signa
         (("np.zeros(3, np.float32), 0)", "np.full(3, np.nan), 0)"), "NaN"),
         (("np.zeros(3, np.float32), 0)", "np.zeros(3, np.float32),)"), "pair"),
         (("np.zeros(3, np.float32), 0)", "open('/nowhere/data.bin'), 0)"), "/nowhere/data.bin"),
+        (("np.zeros(3, np.float32), 0)", "np.zeros(3, np.float32), 2)"), "the model has 2 logits"),
+        (("np.zeros(3, np.float32), 0)", "np.zeros(3, np.float32), 0.5)"), "float64"),
         (("    def evaluation", "    def evaluations"), "evaluation() is not implemented"),
     ],
 )
@@ -98,6 +100,12 @@ def test_there_is_no_such_file(tmp_path: Path) -> None:
 def test_a_metric_that_is_no_number_is_refused(write_task: Write, value: str) -> None:
     path = write_task(GOOD + f"    def metric(self, outputs, targets): return {value}\n")
     assert "metric()" in _refusal(path, lambda task: evaluate_model(task, task.original)).message
+
+
+def test_a_model_that_answers_nan_is_refused(write_task: Write) -> None:
+    text = GOOD.replace("return nn.Linear(3, 2)", "m = nn.Linear(3, 2); m.bias.data[0] = np.nan; return m")
+    error = _refusal(write_task(text), lambda task: evaluate_model(task, task.original))
+    assert "NaN for 100%" in error.message
 
 
 def test_a_metric_that_raises_is_refused(write_task: Write) -> None:
@@ -284,6 +292,22 @@ def test_an_onnx_file_needs_its_data(onnx_file: Path) -> None:
     assert "linear.npz" in _refusal(onnx_file).message
     np.savez(onnx_file.with_suffix(".npz"), inputs=np.zeros((2, 3)))
     assert "targets" in _refusal(onnx_file).message
+
+
+def test_an_old_onnx_file_is_converted_first(onnx_file: Path) -> None:
+    model = onnx.load(str(onnx_file))
+    model.opset_import[0].version = 9  # type: ignore[attr-defined]
+    onnx.save(model, str(onnx_file))
+    exported = targets.find("onnxruntime").export(None, load_task(onnx_file), "int8")
+    assert exported.facts["int8_share"] == 1.0
+
+
+def test_an_onnx_file_with_an_unknown_operation_is_refused(onnx_file: Path) -> None:
+    model = onnx.load(str(onnx_file))
+    model.graph.node[0].op_type = "Nonsense"  # type: ignore[attr-defined]
+    onnx.save(model, str(onnx_file))
+    with pytest.raises(InvalidInput, match="Nonsense"):
+        _ = load_task(onnx_file).signature
 
 
 def test_a_broken_onnx_file_is_refused(onnx_file: Path) -> None:

@@ -150,13 +150,16 @@ class Target(ABC):
         if precision == "int8" and calibration is None:
             calibration = Calibration(task.calibration_data().inputs)
         spec = class_spec or ClassSpec("any")
-        with _clear_errors(self.name):
+        remedy = "Avoid data-dependent control flow in forward(); torch.export.export() shows where."
+        if model is None:
+            remedy = "Export the ONNX file again with opset 17 or newer and float32 weights."
+        with _clear_errors(self.name, remedy):
             exported = self.convert(model, task, precision, calibration, spec)
         return check_parity(exported, model, task)
 
 
 @contextlib.contextmanager
-def _clear_errors(target: str) -> Iterator[None]:
+def _clear_errors(target: str, remedy: str) -> Iterator[None]:
     """Turns what a converter raises into an InvalidInput that names the model."""
     try:
         yield
@@ -166,7 +169,7 @@ def _clear_errors(target: str) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InvalidInput(
             f"The model cannot be exported for {target}: {type(error).__name__}: {(lines or [''])[0][:300]}",
-            "Avoid data-dependent control flow in forward(); `torch.export.export(model, (x,))` shows where.",
+            remedy,
         ) from error
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shoal_optimizer.task import Task
 
 OPSET = 20
+OLDEST_OPSET = 17  # a user's older ONNX file is converted to it
 IR_VERSION = 10  # onnxruntime 1.20, the oldest that the extra allows, reads it
 RUNTIME_MIN = "1.20"
 MODEL_FILE = "model.onnx"
@@ -101,7 +102,7 @@ def float_graph(model: nn.Module | None, task: Task) -> bytes:
     directory. An ONNX task gives its own file.
     """
     if model is None or not task.has_module:
-        return task.onnx_file.read_bytes()
+        return _modern(task.onnx_file.read_bytes())
     key = fingerprint(model, task)
     path = task.cache_dir / f"graph-{key}.onnx" if task.cache_dir else None
     stored = path is not None and path.is_file()
@@ -112,6 +113,19 @@ def float_graph(model: nn.Module | None, task: Task) -> bytes:
     if path is not None and not stored:
         _write(path, _graphs[key])
     return _graphs[key]
+
+
+def _modern(graph: bytes) -> bytes:
+    """A user's graph in an opset that has per-channel scales (13) and that every runtime reads."""
+    import onnx
+    from onnx import version_converter
+
+    model = onnx.load_from_string(graph)
+    versions = {item.domain: item.version for item in model.opset_import}
+    if versions.get("", OLDEST_OPSET) >= OLDEST_OPSET:
+        return graph
+    content: bytes = version_converter.convert_version(model, OLDEST_OPSET).SerializeToString()
+    return content
 
 
 def fingerprint(model: nn.Module, task: Task) -> str:
