@@ -17,6 +17,7 @@ from shoal_agent.profile import class_of
 from shoal_controller import windows
 from shoal_controller.clock import Clock, now_ms
 from shoal_controller.enrolment import MAX_PROFILE_BYTES
+from shoal_controller.metrics import TrafficCounters
 from shoal_controller.store.repositories import new_id, record
 from shoal_controller.store.tables import Device, DeviceRequest, Sample, Spool, Trial, Window
 from shoal_protos.bundle import check_digest
@@ -29,6 +30,7 @@ MAX_CLOCKS = 4  # boots remembered per device
 MAX_GAPS = 100  # per spool
 MAX_SPOOLS = 64  # per device
 MAX_SPOOL_ID = 64
+MAX_SEQUENCE = 1 << 62
 MAX_REPORTED_BYTES = 2 << 20
 
 H = TypeVar("H", bound=Callable[..., None])
@@ -62,6 +64,7 @@ class Intake:
         self.on_trial_result = Hook()
         self.on_sample = Hook()
         # counters for /metrics
+        self.traffic = TrafficCounters()
         self.windows_total = 0
         self.duplicates_total = 0
         self.refused_total = 0
@@ -189,20 +192,24 @@ class Intake:
                 unacknowledged item, so a hole before it is lost for good and noted as a gap.
         """
         spool = self._spool(session, device_id, spooled.spool_id)
-        if spooled.sequence < 1:
-            raise InvalidInput("Spool sequences begin at 1.")
-        if spooled.sequence <= spool.through:
+        if not 0 < spooled.sequence < MAX_SEQUENCE or spooled.gap.to_sequence >= MAX_SEQUENCE:
+            raise InvalidInput("A spool's sequence is out of range.")
+        last = max(spooled.sequence, spooled.gap.to_sequence)  # a gap stands for all up to its end
+        if last <= spool.through:
             self.duplicates_total += 1
             return spool.through
         if spooled.sequence > spool.through + 1:
             if not first:
                 return spool.through  # something between is still on its way
             self._gap(spool, spool.through + 1, spooled.sequence - 1, "never received")
-        spool.through = spooled.sequence
         kind = spooled.WhichOneof("item")
+        if kind == "gap":
+            begin = max(spool.through + 1, spooled.gap.from_sequence)
+            self._gap(spool, begin, last, spooled.gap.reason[:200])
+        spool.through = last
         try:
             with session.begin_nested():
-                self._item(session, device_id, spooled, kind, spool, zero_ms, boot_id)
+                self._item(session, device_id, spooled, kind, zero_ms, boot_id)
         except ShoalError as error:
             # It will not get better by sending it again.
             self.refused_total += 1
@@ -239,7 +246,6 @@ class Intake:
         device_id: str,
         spooled: agents_pb2.Spooled,
         kind: str | None,
-        spool: Spool,
         zero_ms: int | None,
         boot_id: str,
     ) -> None:
@@ -251,12 +257,7 @@ class Intake:
             self._trial(session, device, spooled.trial)
         elif kind == "sample":
             self._sample(session, device, spooled.sample)
-        elif kind == "gap":
-            gap = spooled.gap
-            last = max(gap.to_sequence, spooled.sequence)
-            self._gap(spool, gap.from_sequence or spooled.sequence, last, gap.reason[:200])
-            spool.through = last
-        else:
+        elif kind != "gap":
             raise InvalidInput("The item is of a kind that this controller does not know.")
 
     def _telemetry(
@@ -264,7 +265,9 @@ class Intake:
     ) -> None:
         windows.check_window(window)
         start_ms, end_ms = self._times(device, window, zero_ms)
-        for row in windows.rows_of(window, device.id, start_ms, end_ms):
+        rows = windows.rows_of(window, device.id, start_ms, end_ms)
+        self.traffic.add(device.project, device.profile_class, rows)
+        for row in rows:
             key = (row.device, row.endpoint, row.bundle, row.start_ms)
             earlier = session.get(Window, key)
             if earlier is None:

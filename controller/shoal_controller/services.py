@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shoal_controller.clock import Clock, now_ms
@@ -12,10 +12,12 @@ from shoal_controller.store.repositories import Store
 
 if TYPE_CHECKING:
     from shoal_controller.blobs import BlobStore
+    from shoal_controller.devices import Fleet
     from shoal_controller.events import EventFeed
     from shoal_controller.gateway.connections import Connections
     from shoal_controller.identity import Keys
     from shoal_controller.intake import Intake
+    from shoal_controller.metrics import Recent
 
 
 @dataclass
@@ -27,7 +29,11 @@ class Services:
     connections: Connections
     intake: Intake
     feed: EventFeed
+    fleet: Fleet
+    recent: Recent
     clock: Clock = now_ms
+    # "enrolment", "agents" -> host:port that devices reach; empty until the doors are open
+    addresses: dict[str, str] = field(default_factory=dict)
 
     def publish(self, devices: Iterable[str] | None = None) -> list[str]:
         """Makes desired states follow the store; returns the devices whose state changed.

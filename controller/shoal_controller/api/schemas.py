@@ -5,6 +5,8 @@
     GET    /devices/{id}                            -> DeviceDetail
     PATCH  /devices/{id}           DevicePatch      -> Device
     DELETE /devices/{id}           (revokes)        -> Device
+    GET    /devices/{id}/requests                   -> list[DeviceRequest]
+    POST   /devices/{id}/requests  DeviceRequestCreate -> DeviceRequest
     GET    /classes                                 -> list[ClassSummary]
     GET    /fleet/map?filter=                       -> FleetMap
     GET    /fleet/latency?minutes=                  -> FleetLatency
@@ -36,7 +38,7 @@ Ids accept a unique prefix or a name. Times are Unix milliseconds, latencies mil
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -123,6 +125,22 @@ class DeviceDetail(Device):
 class DevicePatch(Schema):
     labels: dict[str, str] | None = None
     name: str | None = None
+
+
+class DeviceRequestCreate(Schema):
+    kind: Literal["logs", "diagnose"]
+
+
+class DeviceRequest(Schema):
+    """Logs or a diagnosis asked of a device."""
+
+    id: str
+    device: str
+    kind: str
+    state: str  # open, answered, expired
+    body: str = ""
+    created_ms: int
+    answered_ms: int = 0
 
 
 class ClassSummary(Schema):

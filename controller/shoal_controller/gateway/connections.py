@@ -29,6 +29,7 @@ class Connection:
     end: Callable[[str], None]  # ends the stream with this reason
     news: asyncio.Event = field(default_factory=asyncio.Event)
     last_heard_ms: int = 0
+    address: str = ""  # IP that it came from
 
 
 class Connections:
@@ -95,6 +96,11 @@ class Connections:
 
     def connected(self) -> list[str]:
         return list(self._by_device)
+
+    def address(self, device: str) -> str:
+        """IP address that the device's open stream came from, "" if it has none."""
+        connection = self._by_device.get(device)
+        return "" if connection is None else connection.address
 
     def last_heard(self, device: str) -> int:
         """Unix ms of the last message on the device's open stream, 0 if it has none."""
