@@ -238,9 +238,8 @@ def _status(options: argparse.Namespace) -> int:
     if status["last_problem"] and not status["connected"]:
         _say(f"            {status['last_problem']}")
     ports = status["ports"]
-    _say(
-        f"ports       http {ports['http']}, grpc {ports['grpc']}, metrics {ports['metrics']} on {ports['host']}"
-    )
+    bound = f"http {ports['http']}, grpc {ports['grpc']}, metrics {ports['metrics']}"
+    _say(f"ports       {bound} on {ports['host']}")
     for item in status["placements"]:
         _say(
             f"endpoint    {item['endpoint']} ({item['role']}): {item['step']}, "

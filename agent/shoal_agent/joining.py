@@ -15,7 +15,7 @@ from shoal_agent import profile
 from shoal_agent.config import Config
 from shoal_agent.fs import RealFs
 from shoal_agent.identity import Identity, IdentityStore
-from shoal_agent.supervisor import locked
+from shoal_agent.lock import locked
 from shoal_protos.errors import Conflict, InvalidInput
 from shoal_protos.tokens import MAX_TEXT, JoinToken, decode
 
@@ -27,7 +27,7 @@ def read_token(token_file: str | None, environ: Mapping[str, str]) -> JoinToken:
     Raises:
         InvalidInput: none given, or it is mistyped.
     """
-    if token_file == "-":
+    if token_file == "-":  # noqa: S105  # a file name
         return decode(sys.stdin.read(MAX_TEXT + 1))
     if token_file:
         try:

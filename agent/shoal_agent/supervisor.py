@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from shoal_agent import features, logs, profile, reporting
 from shoal_agent.clock import Clock, SystemClock
-from shoal_agent.config import Config, Paths
+from shoal_agent.config import Config
 from shoal_agent.fs import Fs, RealFs
 from shoal_agent.identity import Identity, IdentityStore
 from shoal_agent.link import enrolment
 from shoal_agent.link.base import Backoff, Content
 from shoal_agent.link.grpc import GrpcLink
+from shoal_agent.lock import locked
 from shoal_agent.processes import ProcessProber, ServerProcess
 from shoal_agent.reporting import Picture
 from shoal_agent.samples import SampleSender
@@ -36,7 +36,7 @@ from shoal_agent.trust import PinnedTrust, Refused
 from shoal_agent.update.executor import Updates
 from shoal_agent.update.store import Bandwidth, BundleStore
 from shoal_protos import __version__
-from shoal_protos.errors import Conflict, ShoalError, Unavailable
+from shoal_protos.errors import ShoalError, Unavailable
 from shoal_protos.v1 import agents_pb2, desired_pb2, profile_pb2, telemetry_pb2
 
 log = logging.getLogger(__name__)
@@ -47,28 +47,6 @@ PROGRESS_S = 2.0  # how often a fetch under way is reported
 HOUSEKEEPING_S = 300.0
 MAX_REFUSALS = 8
 RENEW_CHECK_S = 3600.0
-
-
-@contextlib.contextmanager
-def locked(paths: Paths) -> Iterator[None]:
-    """One supervisor a state directory.
-
-    Raises:
-        Conflict: another one holds it.
-    """
-    with paths.lock.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
-            raise Conflict(
-                f"Another agent (process {stream.read().strip() or 'unknown'}) runs on {paths.root}.",
-                "Stop it first, or use another --state-dir.",
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
 
 
 class Supervisor:
