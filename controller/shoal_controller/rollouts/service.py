@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -320,13 +320,6 @@ class DryRun(Exception):
     def __init__(self, result: Any) -> None:
         super().__init__("dry run")
         self.result = result
-
-
-def preview(session: Session, make: Callable[[], Rollout], show: Callable[[Rollout], Any]) -> None:
-    """Makes a rollout, shows it, and undoes everything by raising DryRun."""
-    row = make()
-    session.flush()
-    raise DryRun(show(row))
 
 
 def check_waves(steps: Sequence[str]) -> None:
