@@ -1,0 +1,352 @@
+"""Making candidates: train a network, export it, judge it, pack it; each once, also across restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal_optimizer import evaluation, packing, recipe
+from shoal_optimizer.jobspec import JobSpec, ProfileClass
+from shoal_optimizer.jobstate import State, Voice
+from shoal_optimizer.meter import BundleRef, Figure
+from shoal_optimizer.recipe import Recipe
+from shoal_optimizer.search import space
+from shoal_optimizer.search.space import Export, Params
+from shoal_optimizer.targets.base import Calibration, Exported, find, load_exported
+from shoal_optimizer.task import Task, TaskData, load_module, save_module
+from shoal_protos.bundle import digest_of_file
+from shoal_protos.errors import ShoalError, Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_STEPS = {"channel_pruning": "prune", "distillation": "distil", "quantization": "quantize"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained torch model that several exports share. `model` is None for ONNX tasks."""
+
+    recipe: Recipe  # its training part
+    model: nn.Module | None
+    seconds: float = 0.0
+    params: Params | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.recipe.key[7:23]
+
+    @property
+    def plain(self) -> bool:
+        return not self.recipe.steps
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A packed export of a network with what this machine found out about it.
+
+    `accuracy` is on the task's evaluation data and `field_accuracy` on held-out data moved to the
+    field; both from the agent's runtime on this machine, None where it can't load the file.
+    """
+
+    key: str
+    name: str
+    network: str
+    bundle: str
+    layout: str
+    target: str
+    precision: str
+    recipe: tuple[Mapping[str, Any], ...]
+    classes: tuple[str, ...]
+    size_bytes: int
+    wire_bytes: int
+    plain: bool
+    accuracy: Figure | None = None
+    field_accuracy: Figure | None = None
+    int8_share: float | None = None
+    items: int = 0  # evaluation items behind `accuracy`
+
+    @property
+    def ref(self) -> BundleRef:
+        return BundleRef(self.bundle, Path(self.layout))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Candidate:
+        values = dict(raw)
+        for name in ("accuracy", "field_accuracy"):
+            values[name] = Figure.from_json(values.get(name))
+        for name in ("recipe", "classes"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What networks are trained from and judged on: the task's own, or moved to the field."""
+
+    teacher: nn.Module | None = None  # None = the task's original
+    training: TaskData | None = None
+    augment: Callable[[Tensor], Tensor] | None = None
+    calibration: TaskData | None = None
+    field: TaskData | None = None  # held-out data that looks like the field
+    reference: packing.FieldReference | None = None
+    parent: str = ""
+
+
+class Workshop:
+    """Makes the candidates of one job and remembers them in its state."""
+
+    def __init__(
+        self,
+        task: Task,
+        spec: JobSpec,
+        folder: Path,
+        state: State,
+        voice: Voice,
+        ground: Ground | None = None,
+    ) -> None:
+        """
+        Args:
+            folder: the job's directory: bundles go to `out/bundles`, networks to `work`.
+        """
+        self.task = task
+        self.spec = spec
+        self.folder = folder
+        self.state = state
+        self.voice = voice
+        self.ground = ground or Ground()
+        self.weights_digest = digest_of_file(spec.weights) if spec.weights else ""
+        self._models: dict[str, Network] = {}
+        task.cache_dir = folder / "cache"
+
+    # ------------------------------------------------------------------ networks
+
+    def plain(self) -> Network:
+        """The original as it is (or the adapted one)."""
+        if self.ground.teacher is not None:
+            model: Any = self.ground.teacher
+        else:
+            model = self.task.original if self.task.has_module else None
+        return Network(space.PLAIN, model)
+
+    def train(self, wanted: Recipe, params: Params | None = None) -> Network:
+        """Applies the training part of a recipe, or reads what an earlier start of this job trained.
+
+        Raises:
+            InvalidInput, Unsupported: the recipe can't be applied to this task.
+        """
+        trained = wanted.training
+        if not trained.steps:
+            return self.plain()
+        key = Network(trained, None).key
+        if key in self._models:
+            return self._models[key]
+        saved = self.state.networks.get(key)
+        if saved is not None and Path(saved["path"]).is_file():
+            network = Network(
+                trained, load_module(Path(saved["path"])), saved["seconds"], params, tuple(saved["notes"])
+            )
+        else:
+            network = self._train(trained, params)
+        self._models[key] = network
+        return network
+
+    def _train(self, trained: Recipe, params: Params | None) -> Network:
+        def progress(step: str, share: float | None, message: str) -> None:
+            self.voice.progress(_STEPS.get(step, step), share, f"{trained.name} {message}".strip())
+
+        applied = recipe.apply(
+            trained,
+            self.task,
+            teacher=self.ground.teacher,
+            training=self.ground.training,
+            augment=self.ground.augment,
+            seed=self.spec.seed,
+            progress=progress,
+        )
+        network = Network(trained, applied.model, applied.seconds, params, applied.notes)
+        self.remember(network)
+        return network
+
+    def remember(self, network: Network) -> None:
+        """Saves a trained network, so that no later start trains it again."""
+        assert network.model is not None
+        path = self.folder / "work" / f"network-{network.key}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_module(network.model, partial)
+        partial.replace(path)
+        self.state.networks[network.key] = {
+            "name": network.recipe.name,
+            "path": str(path),
+            "seconds": network.seconds,
+            "notes": list(network.notes),
+            "recipe": network.recipe.to_json(),
+            "params": None if network.params is None else dict(network.params),
+        }
+        self.state.save()
+
+    # ------------------------------------------------------------------ candidates
+
+    def candidate(self, network: Network, export: Export, *, items: int | None = None) -> Candidate | None:
+        """Exports, judges and packs; None (and a progress line) where that can't be done.
+
+        Args:
+            items: judge on at most so many evaluation items; None = all.
+        """
+        key = f"{network.key}-{export.key}"
+        saved = self.state.candidates.get(key)
+        if saved is not None:
+            return Candidate.from_json(saved)
+        whole = space.complete(network.recipe, export.precision)
+        name = f"{whole.name}-{export.precision}-{export.target}"
+        self.voice.progress("quantize" if export.precision == "int8" else "convert", None, name)
+        try:
+            made = self._make(key, name, network, whole, export, items)
+        except ShoalError as error:
+            self.voice.progress("convert", None, f"{name} is left out: {error.message}")
+            return None
+        self.state.candidates[key] = made.to_json()
+        self.state.save()
+        return made
+
+    def _make(
+        self, key: str, name: str, network: Network, whole: Recipe, export: Export, items: int | None
+    ) -> Candidate:
+        exported = find(export.target).export(
+            network.model,
+            self.task,
+            export.precision,
+            self._calibration(network, whole) if export.precision == "int8" else None,
+            space.class_spec(export.classes[0]),
+        )
+        accuracy, field_accuracy = self._judge(exported, items)
+        self.voice.progress("pack", None, name)
+        packed = self._pack(exported, whole, name, export)
+        return Candidate(
+            key=key,
+            name=name,
+            network=network.key,
+            bundle=packed.digest,
+            layout=str(packed.layout),
+            target=export.target,
+            precision=export.precision,
+            recipe=tuple(whole.to_json()),
+            classes=tuple(c.name for c in export.classes),
+            size_bytes=packed.size_bytes,
+            wire_bytes=packed.wire_bytes,
+            plain=network.plain and export.precision == "fp32",
+            accuracy=accuracy,
+            field_accuracy=field_accuracy,
+            int8_share=exported.facts.get("int8_share"),
+            items=0 if accuracy is None else accuracy.n,
+        )
+
+    def _calibration(self, network: Network, whole: Recipe) -> Calibration | None:
+        quantization = Recipe(whole.steps[len(network.recipe.steps) :], whole.name)
+        applied = recipe.apply(
+            quantization,
+            self.task,
+            teacher=network.model,
+            calibration=self.ground.calibration,
+            seed=self.spec.seed,
+        )
+        return applied.calibration
+
+    def _judge(self, exported: Exported, items: int | None) -> tuple[Figure | None, Figure | None]:
+        data = self.task.required("evaluation")
+        if items is not None:
+            data = data.sample(items, self.spec.seed)
+        try:
+            instance = load_exported(exported)
+        except Unsupported:  # another kind of processor: what this one can't run it can't judge
+            return None, None
+        try:
+            found = as_figure(evaluation.evaluate_instance(self.task, instance, data))
+            if self.ground.field is None:
+                return found, None
+            return found, as_figure(evaluation.evaluate_instance(self.task, instance, self.ground.field))
+        finally:
+            instance.close()
+
+    def _pack(self, exported: Exported, whole: Recipe, name: str, export: Export) -> packing.Packed:
+        lineage = packing.lineage_of(
+            self.task,
+            whole,
+            exported,
+            model_version=self.spec.version,
+            seed=self.spec.seed,
+            parent=self.ground.parent,
+            weights_digest=self.weights_digest,
+        )
+        partial = self.folder / "work" / f"pack-{name}"
+        packed = packing.pack(
+            exported,
+            self.task,
+            whole,
+            lineage,
+            partial,
+            name=f"{self.label} {name}",
+            field=self.ground.reference,
+        )
+        # One layout a bundle; equal names of different instruction sets get their digest's start.
+        layout = self.folder / "out" / "bundles" / name
+        if layout.exists():
+            layout = layout.with_name(f"{name}-{packed.digest[7:15]}")
+        if layout.exists():  # from before a crash, the same content
+            import shutil
+
+            shutil.rmtree(partial)
+        else:
+            layout.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(layout)
+        return replace(packed, layout=layout)
+
+    def judge_whole(self, candidate: Candidate) -> Candidate:
+        """The candidate judged on the whole evaluation data, if it was judged on a part before."""
+        data = self.task.required("evaluation")
+        if candidate.accuracy is None or candidate.items >= len(data):
+            return candidate
+        from shoal_agent import runtimes
+        from shoal_protos.bundle import open_bundle
+
+        bundle = open_bundle(Path(candidate.layout), candidate.bundle, verify=False)
+        with runtimes.find(candidate.target).load(bundle) as instance:
+            accuracy = as_figure(evaluation.evaluate_instance(self.task, instance, data))
+        better = replace(candidate, accuracy=accuracy, items=len(data))
+        self.state.candidates[candidate.key] = better.to_json()
+        self.state.save()
+        return better
+
+    @property
+    def label(self) -> str:
+        model = self.spec.model or self.task.label
+        return f"{model} v{self.spec.version}" if self.spec.version else model
+
+
+def as_figure(score: evaluation.Score) -> Figure:
+    return Figure(score.value, score.low, score.high, score.n)
+
+
+def variant_event(
+    candidate: Candidate, classes: Mapping[str, ProfileClass], figures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Fields of a `variant` line. `figures`: class -> accuracy, latency, memory, int8_share, source."""
+    return {
+        "bundle": candidate.bundle,
+        "layout": candidate.layout,
+        "name": candidate.name,
+        "target": candidate.target,
+        "precision": candidate.precision,
+        "recipe": [dict(step) for step in candidate.recipe],
+        "size_bytes": candidate.size_bytes,
+        "wire_bytes": candidate.wire_bytes,
+        "plain": candidate.plain,
+        "classes": {name: dict(figures[name]) for name in candidate.classes if name in classes},
+    }

@@ -1,0 +1,173 @@
+"""Three fidelities of looking at a candidate, cheapest first.
+
+1. free: what pruning without training tells (parameters, multiply-adds), against the objective's bounds;
+2. cheap: accuracy on a part of the evaluation data and a short timing here, for every candidate;
+3. true: the whole evaluation data, and a trial on a device of the class, for what may be kept.
+
+The first two only steer the search. Figures that are claimed for a class come from a machine of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shoal_optimizer.analysis import Analysis, analyse
+from shoal_optimizer.candidates import Candidate
+from shoal_optimizer.jobspec import ProfileClass
+from shoal_optimizer.meter import Figure, Measurement
+from shoal_optimizer.objective import Objective, show
+from shoal_optimizer.recipe import Recipe, apply
+from shoal_optimizer.search import frontier
+from shoal_optimizer.search.frontier import Estimate, Point
+
+if TYPE_CHECKING:
+    from shoal_optimizer.task import Task
+
+CHEAP_ITEMS = 1000  # half width of the interval near 95 %: 1.4 points
+CHEAP_SECONDS = 0.3  # of timed rounds
+TRUE_SECONDS = 1.5
+_SECONDS_PER_MAC = 1.0 / 3e9  # of one core in training, small convolutions
+
+
+# ---------------------------------------------------------------------------- 1: free
+
+
+def shape(recipe: Recipe, task: Task, seed: int = 0) -> Analysis:
+    """What a network will cost, without training it: only the steps before distillation are applied."""
+    steps = []
+    for step in recipe.training.steps:
+        if step.technique == "distillation":
+            break
+        steps.append(step)
+    applied = apply(Recipe(tuple(steps), recipe.name), task, seed=seed)
+    return analyse(task, applied.model)
+
+
+def refusal(cost: Analysis, objective: Objective) -> str:
+    """Why a network of this shape can't meet the objective, "" when it might.
+
+    Only size is refused: one byte a parameter is a bound, while latency from counting multiply-adds
+    is a guess.
+    """
+    for constraint in objective.constraints:
+        if constraint.metric == "size" and cost.parameters > constraint.bound:
+            return f"{show('size', float(cost.parameters))} even in int8, wanted {constraint}"
+    return ""
+
+
+def training_seconds(cost: Analysis, items: int, epochs: int) -> float:
+    """A rough guess of one core's time: forward and backward of the student, forward of the teacher."""
+    return 4.0 * cost.macs * items * epochs * _SECONDS_PER_MAC
+
+
+def cheap_items(task: Task) -> int | None:
+    """Evaluation items of the cheap look; None = all, where there are few."""
+    return CHEAP_ITEMS if len(task.required("evaluation")) > 2 * CHEAP_ITEMS else None
+
+
+# ---------------------------------------------------------------------------- 2 and 3: figures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known of a candidate for one class. `source`: "trial", "local" or "unmeasured"."""
+
+    accuracy: Figure | None = None
+    latency_p50: Figure | None = None
+    latency_p95: Figure | None = None
+    memory: Figure | None = None
+    int8_share: float | None = None
+    source: str = "unmeasured"
+    context: dict[str, str] | None = None
+    ratio: Figure | None = None  # latency over the incumbent's, same rounds
+    winner: str = "unmeasured"
+
+    def to_json(self) -> dict[str, Any]:
+        """As `variant` lines carry them."""
+        latency = None
+        if self.latency_p95 is not None:
+            p95, p50 = self.latency_p95, self.latency_p50 or self.latency_p95
+            latency = {
+                "p50_ms": p50.value,
+                "p50_low_ms": p50.low,
+                "p50_high_ms": p50.high,
+                "p95_ms": p95.value,
+                "p95_low_ms": p95.low,
+                "p95_high_ms": p95.high,
+                "n": p95.n,
+            }
+        return {
+            "accuracy": None if self.accuracy is None else self.accuracy.to_json(),
+            "latency": latency,
+            "memory": None if self.memory is None else {"bytes": int(self.memory.value)},
+            "int8_share": self.int8_share,
+            "source": self.source,
+        }
+
+
+def guess(candidate: Candidate, quick: Measurement | None) -> Figures:
+    """For steering only: this machine's figures, whatever the class."""
+    measured = quick if quick is not None and quick.status == "measured" else None
+    return Figures(
+        accuracy=candidate.accuracy,
+        latency_p50=measured.latency_p50 if measured else None,
+        latency_p95=measured.latency_p95 if measured else None,
+        memory=measured.memory if measured else None,
+        int8_share=candidate.int8_share,
+        source="local" if measured else "unmeasured",
+    )
+
+
+def claim(
+    candidate: Candidate,
+    profile_class: ProfileClass,
+    local: Measurement | None,
+    trial: Measurement | None,
+    accuracy: Figure | None = None,
+) -> Figures:
+    """What may be said about a class: a trial's figures, else this machine's if it is of the class.
+
+    Args:
+        accuracy: from an `outputs` trial.
+    """
+    if accuracy is None and profile_class.local:
+        accuracy = candidate.accuracy
+    chosen = trial if trial is not None and trial.status == "measured" else None
+    if chosen is None and profile_class.local and local is not None and local.status == "measured":
+        chosen = local
+    share = chosen.int8_share if chosen is not None else None
+    if share is None and profile_class.local:
+        share = candidate.int8_share
+    if chosen is None:
+        source = "local" if accuracy is not None and profile_class.local else "unmeasured"
+        return Figures(accuracy=accuracy, int8_share=share, source=source)
+    return Figures(
+        accuracy=accuracy,
+        latency_p50=chosen.latency_p50,
+        latency_p95=chosen.latency_p95,
+        memory=chosen.memory or (local.memory if profile_class.local and local is not None else None),
+        int8_share=share,
+        source=chosen.source,
+        context=dict(chosen.context),
+        ratio=chosen.ratio,
+        winner=chosen.winner,
+    )
+
+
+def point(candidate: Candidate, figures: Figures) -> Point:
+    """The candidate as the front sees it; its key is its name, which is unique within a class."""
+
+    def estimate(figure: Figure | None) -> Estimate | None:
+        return None if figure is None else figure.estimate
+
+    return Point(
+        candidate.name,
+        {
+            frontier.ACCURACY: estimate(figures.accuracy),
+            "latency_p50": estimate(figures.latency_p50),
+            frontier.LATENCY: estimate(figures.latency_p95),
+            frontier.SIZE: Estimate(float(candidate.size_bytes)),
+            frontier.MEMORY: estimate(figures.memory),
+        },
+    )

@@ -1,0 +1,257 @@
+"""From candidates to a front and a choice per class: measure, ask the fleet, order, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal_optimizer.candidates import Candidate, Workshop, as_figure, variant_event
+from shoal_optimizer.evaluation import score
+from shoal_optimizer.jobspec import JobSpec, ProfileClass
+from shoal_optimizer.meter import BundleRef, Figure, LocalMeter, Measurement, Meter, Pending
+from shoal_optimizer.objective import Choice, Objective
+from shoal_optimizer.search import fidelity, frontier
+from shoal_optimizer.search.fidelity import Figures
+
+MAX_KEPT = 6  # points of a front that are worth a device's time
+OUTPUT_ITEMS = 300  # evaluation items sent to a device of a class that this machine is not of
+HERE = ProfileClass("", local=True)
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class: its front best first, all candidates' figures, and the choice."""
+
+    profile_class: ProfileClass
+    front: tuple[Candidate, ...]
+    figures: Mapping[str, Figures]  # by candidate name
+    choice: Choice | None  # None: nothing can run on this class
+
+
+@dataclass
+class Selection:
+    """Measures candidates and decides. Meters remember, so asking again costs nothing."""
+
+    workshop: Workshop
+    objective: Objective
+    quick: Meter
+    clean: Meter  # unhurried, one process a measurement
+    fleet: Meter | None  # None: no device will answer
+    trials: int  # per class, at most
+    _trials: dict[tuple[str, str], Measurement] = field(default_factory=dict)
+    _accuracies: dict[tuple[str, str], Figure] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> JobSpec:
+        return self.workshop.spec
+
+    # ------------------------------------------------------------------ points
+
+    def glance(self, candidate: Candidate) -> Measurement | None:
+        """A short timing here; None for what this machine can't load."""
+        if candidate.accuracy is None:
+            return None
+        found = self.quick.measure(candidate.ref, HERE)
+        self.workshop.state.save()
+        return found if isinstance(found, Measurement) else None
+
+    def members(self, profile_class: ProfileClass, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Candidates that the class can run, equal bundles once."""
+        seen: dict[str, Candidate] = {}
+        for candidate in candidates:
+            if profile_class.name in candidate.classes:
+                seen.setdefault(candidate.bundle, candidate)
+        return list(seen.values())
+
+    def guessed_front(self, profile_class: ProfileClass, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """The candidates that may be kept for a class, best first; steering figures only."""
+        members = {c.name: c for c in self.members(profile_class, candidates)}
+        points = [fidelity.point(c, fidelity.guess(c, self.glance(c))) for c in members.values()]
+        if self.workshop.ground.field is not None:
+            points = [p for p in points if not self._worse_in_field(members[p.key], members.values())]
+        kept = frontier.ordered(frontier.front(points), self.objective)[:MAX_KEPT]
+        return [members[p.key] for p in kept]
+
+    @staticmethod
+    def _worse_in_field(candidate: Candidate, others: Iterable[Candidate]) -> bool:
+        """True when another one is beyond doubt better on data that looks like the field."""
+        mine = candidate.field_accuracy
+        rivals = [c.field_accuracy for c in others if c.field_accuracy is not None]
+        return mine is not None and any(mine.high < rival.low for rival in rivals)
+
+    def told(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
+        """The best of one network's exports under the objective, for the sampler."""
+        points = [
+            frontier.as_objective_point(fidelity.point(c, fidelity.guess(c, self.glance(c))))
+            for c in candidates
+        ]
+        if not points:
+            return {}
+        best = self.objective.choose(points).key
+        return dict(next(p for p in points if p.key == best).values)
+
+    # ------------------------------------------------------------------ measuring what is kept
+
+    def settle(self, candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+        """The kept candidates per class, measured again where noise could change the front and judged
+        on the whole evaluation data."""
+        for profile_class in self.spec.classes:
+            self._measure_undecided(profile_class, candidates)
+        kept: dict[str, list[Candidate]] = {}
+        whole: dict[str, Candidate] = {}
+        for profile_class in self.spec.classes:
+            chosen = self.guessed_front(profile_class, candidates)
+            for candidate in chosen:
+                whole.setdefault(candidate.key, self.workshop.judge_whole(candidate))
+            kept[profile_class.name] = [whole[c.key] for c in chosen]
+        return kept
+
+    def _measure_undecided(self, profile_class: ProfileClass, candidates: Iterable[Candidate]) -> None:
+        """Unhurried timings for points whose place on the front is uncertain and whose class is ours."""
+        if not profile_class.local or self.fleet is not None:
+            return
+        members = {c.name: c for c in self.members(profile_class, candidates)}
+        points = [fidelity.point(c, fidelity.guess(c, self.glance(c))) for c in members.values()]
+        undecided = frontier.undecided(points, noisy=(frontier.LATENCY,))
+        for number, point in enumerate(undecided):
+            self.workshop.voice.progress("measure", number / len(undecided), point.key)
+            self.careful(members[point.key], profile_class)
+
+    def careful(self, candidate: Candidate, profile_class: ProfileClass) -> Measurement:
+        """An unhurried timing with memory, in a process of its own."""
+        found = self.clean.measure(candidate.ref, profile_class)
+        self.workshop.state.save()
+        assert isinstance(found, Measurement)
+        return found
+
+    # ------------------------------------------------------------------ the fleet
+
+    def ask(self, kept: Mapping[str, Sequence[Candidate]]) -> list[str]:
+        """Asks a device of each class about what is kept; returns the ids that aren't answered yet."""
+        if self.fleet is None:
+            return []
+        pending: list[str] = []
+        for profile_class in self.spec.classes:
+            incumbent = self.incumbent(profile_class, kept[profile_class.name])
+            for candidate in kept[profile_class.name][: self.trials]:
+                rival = incumbent if incumbent and incumbent.digest != candidate.bundle else None
+                answer = self.fleet.measure(candidate.ref, profile_class, incumbent=rival)
+                if isinstance(answer, Pending):
+                    pending.append(answer.trial)
+                else:
+                    self._trials[profile_class.name, candidate.name] = answer
+                if not profile_class.local:
+                    pending.extend(self._ask_outputs(candidate, profile_class))
+        return pending
+
+    def _ask_outputs(self, candidate: Candidate, profile_class: ProfileClass) -> list[str]:
+        """Accuracy on a class that this machine is not of: its device answers real inputs."""
+        assert self.fleet is not None
+        task, path = self.workshop.task, self.workshop.folder / "out" / "trial-inputs.npz"
+        data = task.required("evaluation").sample(OUTPUT_ITEMS, self.spec.seed)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name("trial-inputs.partial.npz")
+            arrays: dict[str, Any] = {task.input.name: data.inputs}
+            np.savez_compressed(partial, **arrays)
+            partial.replace(path)
+        answer = self.fleet.measure(candidate.ref, profile_class, "outputs", dataset=path)
+        if isinstance(answer, Pending):
+            return [answer.trial]
+        if answer.status == "measured":
+            with np.load(answer.outputs, allow_pickle=False) as stored:
+                outputs = stored[task.signature.outputs[0].name]
+            if len(outputs) == len(data):
+                found = as_figure(score(task, outputs, data.targets))
+                self._accuracies[profile_class.name, candidate.name] = found
+        return []
+
+    def incumbent(self, profile_class: ProfileClass, kept: Sequence[Candidate]) -> BundleRef | None:
+        """What a candidate is timed against: the serving bundle, else the plain one of this version."""
+        serving = self.spec.incumbents.get(profile_class.name)
+        if serving is not None:
+            return BundleRef(serving.bundle, serving.layout or Path())
+        everything = map(Candidate.from_json, self.workshop.state.candidates.values())
+        plain = [c for c in self.members(profile_class, everything) if c.plain]
+        return plain[0].ref if plain else None
+
+    # ------------------------------------------------------------------ the result
+
+    def figures(self, candidate: Candidate, profile_class: ProfileClass, *, careful: bool = False) -> Figures:
+        """What may be claimed for a class."""
+        local = None
+        if profile_class.local:
+            local = self.careful(candidate, profile_class) if careful else self.glance(candidate)
+        return fidelity.claim(
+            candidate,
+            profile_class,
+            local,
+            self._trials.get((profile_class.name, candidate.name)),
+            self._accuracies.get((profile_class.name, candidate.name)),
+        )
+
+    def emit(self, candidates: Iterable[Candidate], *, careful: bool = False) -> None:
+        """Says `variant` for each bundle once, for all classes that can run it."""
+        classes = {c.name: c for c in self.spec.classes}
+        merged: dict[str, Candidate] = {}
+        names: dict[str, set[str]] = {}
+        for candidate in candidates:
+            merged.setdefault(candidate.bundle, candidate)
+            names.setdefault(candidate.bundle, set()).update(candidate.classes)
+        for bundle, candidate in merged.items():
+            members = [classes[name] for name in sorted(names[bundle]) if name in classes]
+            figures = {c.name: self.figures(candidate, c, careful=careful).to_json() for c in members}
+            event = variant_event(candidate, classes, figures)
+            event["classes"] = figures
+            self.workshop.voice.variant(self.workshop.state, event)
+
+    def result(self, profile_class: ProfileClass, kept: Sequence[Candidate]) -> ClassResult:
+        """The front of a class, best first, from what may be claimed."""
+        careful = self.fleet is None
+        members = {c.name: c for c in kept}
+        figures = {n: self.figures(c, profile_class, careful=careful) for n, c in members.items()}
+        points = [fidelity.point(c, figures[n]) for n, c in members.items()]
+        if not points:
+            return ClassResult(profile_class, (), {}, None)
+        # What has no latency yet can neither be kept out nor keep others out by it.
+        front = frontier.ordered(frontier.front(points), self.objective)
+        choice = self.objective.choose(map(frontier.as_objective_point, front))
+        return ClassResult(profile_class, tuple(members[p.key] for p in front), figures, choice)
+
+
+def local_meters(workshop: Workshop) -> tuple[LocalMeter, LocalMeter]:
+    """The quick and the clean meter of a job, sharing its saved answers."""
+    timings = workshop.state.timings
+    scratch = workshop.folder / "work"
+    scratch.mkdir(parents=True, exist_ok=True)
+    return (
+        LocalMeter(in_process=True, seconds=fidelity.CHEAP_SECONDS, known=timings.setdefault("quick", {})),
+        LocalMeter(seconds=fidelity.TRUE_SECONDS, scratch=scratch, known=timings.setdefault("clean", {})),
+    )
+
+
+def front_entry(candidate: Candidate, figures: Figures) -> dict[str, Any]:
+    """One entry of `done.fronts`."""
+
+    def value(figure: Figure | None) -> float | None:
+        return None if figure is None else figure.value
+
+    return {
+        "bundle": candidate.bundle,
+        "name": candidate.name,
+        "target": candidate.target,
+        "precision": candidate.precision,
+        "layout": candidate.layout,
+        "accuracy": value(figures.accuracy),
+        "latency_p50_ms": value(figures.latency_p50),
+        "latency_p95_ms": value(figures.latency_p95),
+        "memory_bytes": value(figures.memory),
+        "int8_share": figures.int8_share,
+        "size_bytes": candidate.size_bytes,
+        "wire_bytes": candidate.wire_bytes,
+        "source": figures.source,
+    }
