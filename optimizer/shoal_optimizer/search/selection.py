@@ -209,9 +209,10 @@ class Selection:
             event["classes"] = figures
             self.workshop.voice.variant(self.workshop.state, event)
 
-    def result(self, profile_class: ProfileClass, kept: Sequence[Candidate]) -> ClassResult:
+    def result(
+        self, profile_class: ProfileClass, kept: Sequence[Candidate], *, careful: bool = False
+    ) -> ClassResult:
         """The front of a class, best first, from what may be claimed."""
-        careful = self.fleet is None
         members = {c.name: c for c in kept}
         figures = {n: self.figures(c, profile_class, careful=careful) for n, c in members.items()}
         points = [fidelity.point(c, figures[n]) for n, c in members.items()]
