@@ -305,6 +305,7 @@ class Supervisor:
 
     def _server_up(self) -> None:
         self._updates.server_up()
+        self._report_soon()  # the ports are known now
 
     def _server_died(self) -> None:
         self._updates.server_died()

@@ -22,7 +22,7 @@ from shoal_controller.store.repositories import new_id, record
 from shoal_controller.store.tables import Device, DeviceRequest, Sample, Spool, Trial, Window
 from shoal_protos.bundle import check_digest
 from shoal_protos.errors import Denied, InvalidInput, ShoalError
-from shoal_protos.v1 import agents_pb2, telemetry_pb2
+from shoal_protos.v1 import agents_pb2, profile_pb2, telemetry_pb2
 
 log = logging.getLogger("shoal.intake")
 
@@ -143,6 +143,7 @@ class Intake:
         kept.CopyFrom(reported)
         kept.ClearField("requests")
         device.reported = kept.SerializeToString(deterministic=True)
+        device.profile = _with_ports(device.profile, reported)
         device.last_seen_ms = self.clock()
         if (after := _outline(reported)) != before:
             record(
@@ -349,6 +350,15 @@ def _device(session: Session, device_id: str) -> Device:
     if device.revoked:
         raise Denied(f"The device {device.name} was revoked.", "Join again with a new token.")
     return device
+
+
+def _with_ports(profile: bytes, reported: agents_pb2.Reported) -> bytes:
+    """The profile with the ports that are bound now: a server binds them after the device said hello."""
+    facts = profile_pb2.Profile.FromString(profile)
+    if not reported.ports.http or facts.ports == reported.ports:
+        return profile
+    facts.ports.CopyFrom(reported.ports)
+    return facts.SerializeToString(deterministic=True)
 
 
 def _outline(reported: agents_pb2.Reported) -> dict[str, Any]:

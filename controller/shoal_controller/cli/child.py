@@ -41,6 +41,7 @@ def log_to(path: Path) -> None:
     terminal.setLevel(logging.WARNING)
     terminal.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[file, terminal])
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 async def serve_controller(ready_fd: int) -> None:

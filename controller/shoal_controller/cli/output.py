@@ -107,7 +107,7 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 def say(text: str, style: str = "") -> None:
     """One line for people, on stderr."""
-    stderr().print(text, style=style or None, markup=False)
+    stderr().print(text, style=style or None, markup=False, soft_wrap=True)
 
 
 def show_many(
