@@ -1,36 +1,26 @@
 """Who this device is: a P-256 key that never leaves it, and the certificate the controller gave.
 
-Files (0600) under `identity/`: key.pem, cert.pem, ca.pem, join.json. While a certificate is renewed,
-key.pem.new and cert.pem.new stand beside them; `load` takes whichever pair belongs together, so a
-power cut between the two renames costs nothing.
+Files (0600) under `identity/`: key.pem, cert.pem, ca.pem, join.json. join.json names key and certificate
+by digest, so writing it is the one moment at which an identity changes: while a certificate is renewed
+key.pem.new and cert.pem.new stand beside the old ones, and `load` takes those that join.json names.
+Imports no cryptography: the supervisor loads identities and stays small.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
 from shoal_agent.fs import Fs, durable_write
-from shoal_protos.errors import Conflict, InvalidInput, NotFound, TamperedData
-from shoal_protos.tokens import JoinToken
-from shoal_protos.v1 import enrolment_pb2
-
-RENEW_DOMAIN = b"shoal-renew-v1\0"
-RENEW_AT = 2 / 3  # of the certificate's life
+from shoal_protos.errors import Conflict, NotFound, TamperedData
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A joined device. Certificates and key are PEM, `desired_state_keys` raw Ed25519."""
+    """A joined device. Key and certificates are PEM, `desired_state_keys` raw Ed25519, times Unix ms."""
 
     fleet: str
     device: str
@@ -41,63 +31,11 @@ class Identity:
     key_pem: bytes
     certificate_pem: bytes
     ca_pem: bytes
+    renew_at_ms: int
+    expires_ms: int
 
     def __repr__(self) -> str:
         return f"Identity(fleet={self.fleet!r}, device={self.device!r}, name={self.name!r})"
-
-    @property
-    def certificate(self) -> x509.Certificate:
-        return x509.load_pem_x509_certificate(self.certificate_pem)
-
-    @property
-    def renew_at_ms(self) -> int:
-        """Unix time in ms from which the certificate should be renewed."""
-        certificate = self.certificate
-        start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        return int((start + (end - start) * RENEW_AT).timestamp() * 1000)
-
-    @property
-    def expires(self) -> datetime:
-        return self.certificate.not_valid_after_utc.astimezone(timezone.utc)
-
-
-def new_key_pem() -> bytes:
-    key = ec.generate_private_key(ec.SECP256R1())
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-def _key(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = serialization.load_pem_private_key(pem, None)
-    except ValueError as error:
-        raise TamperedData(
-            "The device's key file is damaged.", "Join again: shoal-agent leave, then join."
-        ) from error
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return key
-
-
-def csr_der(key_pem: bytes) -> bytes:
-    """A certificate request; its subject is a placeholder, the controller chooses the device id."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "device")])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    return request.sign(_key(key_pem), hashes.SHA256()).public_bytes(serialization.Encoding.DER)
-
-
-def renewal_proof(old_key_pem: bytes, request_der: bytes) -> bytes:
-    """ECDSA-SHA256 by the old key over the domain prefix and the new request."""
-    return _key(old_key_pem).sign(RENEW_DOMAIN + request_der, ec.ECDSA(hashes.SHA256()))
-
-
-def pem(certificates_der: Iterable[bytes]) -> bytes:
-    """DER certificates as one PEM file."""
-    try:
-        loaded = [x509.load_der_x509_certificate(der) for der in certificates_der]
-    except ValueError as error:
-        raise InvalidInput("A certificate is malformed.") from error
-    return b"".join(item.public_bytes(serialization.Encoding.PEM) for item in loaded)
 
 
 class IdentityStore:
@@ -112,14 +50,16 @@ class IdentityStore:
     def exists(self) -> bool:
         return self._path("join.json").exists()
 
-    def joining_key(self) -> bytes:
-        """The key to join with: the one already there, so that joining twice is one device."""
-        path = self._path("key.pem")
-        with contextlib.suppress(FileNotFoundError):
-            return self._fs.read(path)
-        key_pem = new_key_pem()
-        durable_write(self._fs, path, key_pem)
-        return key_pem
+    def stored_key(self, name: str) -> bytes | None:
+        """A private key that is there already ("key.pem", or "key.pem.new" of a renewal under way)."""
+        try:
+            return self._fs.read(self._path(name))
+        except FileNotFoundError:
+            return None
+
+    def store_key(self, name: str, key_pem: bytes) -> None:
+        """Before the key is first used: a lost answer can then be asked for again with the same key."""
+        durable_write(self._fs, self._path(name), key_pem)
 
     def check_fleet(self, fleet: str) -> None:
         """Raises Conflict if the directory belongs to another fleet."""
@@ -129,33 +69,15 @@ class IdentityStore:
                 "Run shoal-agent leave first, or use another --state-dir.",
             )
 
-    def save_joined(self, token: JoinToken, key_pem: bytes, reply: enrolment_pb2.EnrollReply) -> Identity:
-        """Stores what Enroll answered. join.json comes last: its presence means joined.
-
-        Raises:
-            TamperedData: the answer is not for this key or this fleet.
-        """
-        if reply.fleet != token.fleet:
-            raise TamperedData(f"The controller answered for the fleet '{reply.fleet}'.")
-        certificate_pem = pem([reply.certificate_der])
-        if not _belongs(key_pem, certificate_pem):
-            raise TamperedData("The controller's certificate is not for this device's key.")
-        addresses = dict.fromkeys([*token.agent_addresses, *reply.agent_addresses])
-        identity = Identity(
-            fleet=reply.fleet,
-            device=reply.device,
-            name=reply.display_name,
-            agent_addresses=tuple(addresses),
-            enrolment_addresses=token.enrolment_addresses,
-            desired_state_keys=tuple(reply.desired_state_keys),
-            key_pem=key_pem,
-            certificate_pem=certificate_pem,
-            ca_pem=pem(reply.ca_certificates_der or [token.ca_der]),
-        )
-        durable_write(self._fs, self._path("cert.pem"), identity.certificate_pem)
+    def save(self, identity: Identity) -> None:
+        """Stores a new or renewed identity; a power cut leaves the old or the new one, whole."""
+        durable_write(self._fs, self._path("key.pem.new"), identity.key_pem)
+        durable_write(self._fs, self._path("cert.pem.new"), identity.certificate_pem)
         durable_write(self._fs, self._path("ca.pem"), identity.ca_pem)
         durable_write(self._fs, self._path("join.json"), _join_json(identity))
-        return identity
+        self._fs.replace(self._path("key.pem.new"), self._path("key.pem"))
+        self._fs.replace(self._path("cert.pem.new"), self._path("cert.pem"))
+        self._fs.fsync_directory(self._directory)
 
     def load(self) -> Identity:
         """Reads the identity.
@@ -173,7 +95,6 @@ class IdentityStore:
             ) from error
         except ValueError as error:
             raise TamperedData("identity/join.json is damaged.", _JOIN_AGAIN) from error
-        key_pem, certificate_pem = self._matching_pair()
         try:
             return Identity(
                 fleet=facts["fleet"],
@@ -182,46 +103,22 @@ class IdentityStore:
                 agent_addresses=tuple(facts["agent_addresses"]),
                 enrolment_addresses=tuple(facts["enrolment_addresses"]),
                 desired_state_keys=tuple(bytes.fromhex(key) for key in facts["desired_state_keys"]),
-                key_pem=key_pem,
-                certificate_pem=certificate_pem,
+                key_pem=self._named("key.pem", facts["key_sha256"]),
+                certificate_pem=self._named("cert.pem", facts["certificate_sha256"]),
                 ca_pem=self._fs.read(self._path("ca.pem")),
+                renew_at_ms=int(facts["renew_at_ms"]),
+                expires_ms=int(facts["expires_ms"]),
             )
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise TamperedData("identity/ is damaged.", _JOIN_AGAIN) from error
 
-    def _matching_pair(self) -> tuple[bytes, bytes]:
-        for certificate_name in ("cert.pem.new", "cert.pem"):
-            for key_name in ("key.pem.new", "key.pem"):
-                with contextlib.suppress(OSError, ValueError, TamperedData):
-                    key_pem = self._fs.read(self._path(key_name))
-                    certificate_pem = self._fs.read(self._path(certificate_name))
-                    if _belongs(key_pem, certificate_pem):
-                        return key_pem, certificate_pem
-        raise TamperedData("No key of this device belongs to its certificate.", _JOIN_AGAIN)
-
-    def renewal_key(self) -> bytes:
-        """The key to renew with, stored before it is sent, so that a lost answer can be asked for again."""
-        path = self._path("key.pem.new")
-        with contextlib.suppress(FileNotFoundError):
-            return self._fs.read(path)
-        key_pem = new_key_pem()
-        durable_write(self._fs, path, key_pem)
-        return key_pem
-
-    def save_renewed(self, old: Identity, key_pem: bytes, reply: enrolment_pb2.EnrollReply) -> Identity:
-        """Stores a renewed certificate. Raises TamperedData if it is not for this device and key."""
-        certificate_pem = pem([reply.certificate_der])
-        if reply.device != old.device or not _belongs(key_pem, certificate_pem):
-            raise TamperedData("The renewed certificate is not for this device's key.")
-        ca_pem = pem(reply.ca_certificates_der) if reply.ca_certificates_der else old.ca_pem
-        renewed = replace(old, key_pem=key_pem, certificate_pem=certificate_pem, ca_pem=ca_pem)
-        durable_write(self._fs, self._path("cert.pem.new"), certificate_pem)
-        durable_write(self._fs, self._path("ca.pem"), ca_pem)
-        self._fs.replace(self._path("key.pem.new"), self._path("key.pem"))
-        self._fs.fsync_directory(self._directory)
-        self._fs.replace(self._path("cert.pem.new"), self._path("cert.pem"))
-        self._fs.fsync_directory(self._directory)
-        return renewed
+    def _named(self, name: str, digest: str) -> bytes:
+        for candidate in (name, f"{name}.new"):
+            with contextlib.suppress(FileNotFoundError):
+                data = self._fs.read(self._path(candidate))
+                if hashlib.sha256(data).hexdigest() == digest:
+                    return data
+        raise TamperedData(f"identity/{name} is damaged.", _JOIN_AGAIN)
 
     def forget(self) -> None:
         """Removes key, certificate and everything else that makes this device a member."""
@@ -241,10 +138,9 @@ def _join_json(identity: Identity) -> bytes:
         "agent_addresses": list(identity.agent_addresses),
         "enrolment_addresses": list(identity.enrolment_addresses),
         "desired_state_keys": [key.hex() for key in identity.desired_state_keys],
+        "key_sha256": hashlib.sha256(identity.key_pem).hexdigest(),
+        "certificate_sha256": hashlib.sha256(identity.certificate_pem).hexdigest(),
+        "renew_at_ms": identity.renew_at_ms,
+        "expires_ms": identity.expires_ms,
     }
     return json.dumps(facts, indent=2, sort_keys=True).encode()
-
-
-def _belongs(key_pem: bytes, certificate_pem: bytes) -> bool:
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
-    return bool(certificate.public_key() == _key(key_pem).public_key())

@@ -64,12 +64,10 @@ async def join(config: Config, token: JoinToken, name: str | None) -> tuple[Iden
         store = IdentityStore(config.paths.identity, RealFs())
         store.check_fleet(token.fleet)
         measured = profile.measure_cached(config.paths.profile_cache, config.runtimes)
-        key_pem = store.joining_key()
-        reply = await enrolment.enroll(token, key_pem, measured, name or socket.gethostname())
-        identity = store.save_joined(token, key_pem, reply)
+        identity, profile_class = await enrolment.join(store, token, measured, name or socket.gethostname())
         if config.runtimes:  # `run` must find what was promised at joining
             configs.remember(config.paths, runtimes=list(config.runtimes))
-    return identity, reply.profile_class or profile.class_of(measured)
+    return identity, profile_class or profile.class_of(measured)
 
 
 def status(config: Config) -> dict[str, Any]:

@@ -17,12 +17,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from shoal_agent import features, logs, profile, reporting
+from shoal_agent import features, logs, profile, reporting, vault
 from shoal_agent.clock import Clock, SystemClock
 from shoal_agent.config import Config
 from shoal_agent.fs import Fs, RealFs
 from shoal_agent.identity import Identity, IdentityStore
-from shoal_agent.link import enrolment
 from shoal_agent.link.base import Backoff, Content
 from shoal_agent.link.grpc import GrpcLink
 from shoal_agent.lock import locked
@@ -73,6 +72,7 @@ class Supervisor:
             keys=self._identity.desired_state_keys,
             clock=self._clock,
             fs=self._fs,
+            verify=vault.verify,
         )
         self._link = GrpcLink(
             self._identity,
@@ -132,6 +132,7 @@ class Supervisor:
         )
         self._system = system.SystemFacts(self._paths.root, lambda: self._server.pid)
         self._pulling = asyncio.Lock()
+        self._ready = asyncio.Event()  # the stored desired state was taken up
         self._window_start_ns = self._clock.monotonic_ns()
         self._telemetry_s = float(config.telemetry_seconds)
         self._news = asyncio.Event()  # something to report
@@ -159,8 +160,10 @@ class Supervisor:
         tasks += [loop.create_task(part) for part in self._parts()]
         stopped = loop.create_task(stop.wait())
         try:
+            await asyncio.to_thread(self._trust.load)
             self._updates.start()
             self._adopt(self._trust.state)
+            self._ready.set()
             watched: list[asyncio.Future[Any]] = [*tasks, stopped, self._failure]
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -243,8 +246,9 @@ class Supervisor:
             self._report_soon()
 
     async def on_desired(self, signed: desired_pb2.Signed) -> None:
+        await self._ready.wait()
         try:
-            state = self._trust.admit(signed)
+            state = await asyncio.to_thread(self._trust.admit, signed)
         except Refused as refusal:
             log.warning("refused a desired state (%s): %s", refusal.reason, refusal)
             entry = agents_pb2.Refusal(
@@ -256,6 +260,9 @@ class Supervisor:
             return
         except OSError as error:
             log.error("the desired state cannot be stored (%s); keeping the old one", error)
+            return
+        except Unavailable as error:
+            log.error("the desired state could not be checked (%s); keeping the old one", error)
             return
         self._adopt(state)
 
@@ -421,11 +428,10 @@ class Supervisor:
                 await self._clock.sleep(1.0 + backoff.next())
 
     async def _renew(self) -> None:
-        key_pem = self._identities.renewal_key()
-        reply = await enrolment.renew(self._identity, key_pem)
-        self._identity = self._identities.save_renewed(self._identity, key_pem, reply)
+        self._identity = await vault.renew(self._paths.identity)
         self._link.set_identity(self._identity)
-        log.info("certificate renewed, valid until %s", self._identity.expires.isoformat(timespec="minutes"))
+        days = (self._identity.expires_ms - self._trust.now_ms()) / 86_400_000
+        log.info("certificate renewed, valid for %.1f days", days)
 
     async def _housekeeping(self) -> None:
         while True:

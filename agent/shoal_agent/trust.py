@@ -6,7 +6,8 @@ An admitted state is on disk, synced, before anybody acts on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,6 @@ from google.protobuf.message import DecodeError
 from shoal_agent.clock import Clock
 from shoal_agent.features import BUILD_TIME_MS, FEATURES
 from shoal_agent.fs import Fs, durable_write
-from shoal_protos import signing
 from shoal_protos.bundle import check_digest
 from shoal_protos.errors import Conflict, Denied, InvalidInput, ShoalError, TamperedData, Unsupported
 from shoal_protos.v1 import desired_pb2
@@ -70,12 +70,21 @@ class Trust(Protocol):
     def clock_wrong(self) -> bool: ...
 
 
+def _verify_here(signed: desired_pb2.Signed, public_keys: Sequence[bytes]) -> bytes:
+    from shoal_protos import signing
+
+    return signing.verify(signed, public_keys)
+
+
 class PinnedTrust:
-    """Trusts the desired-state keys pinned at enrolment.
+    """Trusts the desired-state keys pinned at enrolment. May be called from several threads.
+
+    Nothing is adopted before the stored state was read (`load`): an older one must never replace it.
 
     Args:
         path: where the adopted message is kept, as carried (`trust/desired.bin`).
         keys: raw 32-byte Ed25519 public keys.
+        verify: returns the payload of a message that one of the keys signed, else raises TamperedData.
     """
 
     def __init__(
@@ -88,26 +97,40 @@ class PinnedTrust:
         clock: Clock,
         fs: Fs,
         features: Mapping[str, str] = FEATURES,
+        verify: Callable[[desired_pb2.Signed, Sequence[bytes]], bytes] = _verify_here,
     ) -> None:
         self._path = path
         self._fleet, self._device, self._keys = fleet, device, tuple(keys)
         self._clock, self._fs, self._features = clock, fs, features
         self._controller_offset_ms: int | None = None  # controller's time minus monotonic time
-        self._state = self._load()
+        self._verified = verify
+        self._lock = threading.RLock()
+        self._loaded = False
+        self._state: desired_pb2.DesiredState | None = None
 
     @property
     def state(self) -> desired_pb2.DesiredState | None:
         return self._state
 
-    def _load(self) -> desired_pb2.DesiredState | None:
-        """The stored state; one that no longer verifies counts as none (the controller sends it again)."""
-        try:
-            signed = desired_pb2.Signed.FromString(self._fs.read(self._path))
-            return self._verify(signed)
-        except (OSError, DecodeError, Refused):
-            return None
+    def load(self) -> None:
+        """Reads the stored state; one that no longer verifies counts as none (the controller sends it
+        again)."""
+        with self._lock:
+            if self._loaded:
+                return
+            try:
+                signed = desired_pb2.Signed.FromString(self._fs.read(self._path))
+                self._state = self._verify(signed)
+            except (OSError, DecodeError, Refused):
+                self._state = None
+            self._loaded = True
 
     def admit(self, signed: desired_pb2.Signed) -> desired_pb2.DesiredState:
+        with self._lock:
+            self.load()
+            return self._admit(signed)
+
+    def _admit(self, signed: desired_pb2.Signed) -> desired_pb2.DesiredState:
         new = self._verify(signed)
         old = self._state
         if old is not None:
@@ -128,7 +151,7 @@ class PinnedTrust:
 
     def _verify(self, signed: desired_pb2.Signed) -> desired_pb2.DesiredState:
         try:
-            payload = signing.verify(signed, self._keys)
+            payload = self._verified(signed, self._keys)
             state = desired_pb2.DesiredState.FromString(payload)
         except TamperedData as error:
             raise Refused(error, 0, 0, "bad signature") from error

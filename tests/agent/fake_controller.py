@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from shoal_agent.identity import RENEW_DOMAIN
+from shoal_agent.keys import RENEW_DOMAIN
 from shoal_agent.profile import class_of
 from shoal_protos import signing
 from shoal_protos.tokens import JoinToken, server_name
