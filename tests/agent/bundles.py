@@ -64,7 +64,7 @@ def expected(batch: Array, seed: int = 0) -> Array:
     return np.asarray(planes.reshape(len(batch), -1) @ values["dense"], np.float32)
 
 
-def image_graph(seed: int = 0, *, batch: int | str = "N") -> onnx.ModelProto:
+def image_graph(seed: int = 0) -> onnx.ModelProto:
     """uint8 NHWC in; transposed to NCHW inside, convolved, flattened."""
     values = weights(seed)
     nodes = [
@@ -80,8 +80,8 @@ def image_graph(seed: int = 0, *, batch: int | str = "N") -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "image",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, SIDE, SIDE, 1])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", SIDE, SIDE, 1])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
