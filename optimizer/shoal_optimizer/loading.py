@@ -13,11 +13,13 @@ import numpy as np
 from shoal_agent.runtimes.tensors import dtype_of
 from shoal_optimizer.data import Items, TaskData
 from shoal_optimizer.task import Task, TaskFiles
-from shoal_protos.bundle import TensorSpec, digest_of_file
+from shoal_protos.bundle import TensorSpec, digest_of, digest_of_file
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
+
+MODULE_PREFIX = "shoal_task_"
 
 # onnx.TensorProto element types that have a protocol datatype.
 _ONNX_DATATYPES = {
@@ -58,13 +60,16 @@ def load_python_task(path: Path) -> Task:
 
 
 def _import(path: Path) -> Any:
-    # A stable name, so that a stored module of this task finds its classes again in another process.
-    name = f"shoal_task_{path.stem}"
+    # Named by content and place: a file that is loaded twice has one set of classes, and a copy of it
+    # elsewhere its own, beside its own data. `module_like` finds the classes of stored modules again.
+    place = digest_of(str(path).encode())[7:15]
+    name = f"{MODULE_PREFIX}{path.stem}_{digest_of_file(path)[7:19]}_{place}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InvalidInput(f"{path.name} is neither a Python nor an ONNX file.", "Give a .py or .onnx file.")
     module = importlib.util.module_from_spec(spec)
-    previous = sys.modules.get(name)
     sys.modules[name] = module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # the task's own `files` may be modules
@@ -72,13 +77,25 @@ def _import(path: Path) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(name, None)
-        if previous is not None:
-            sys.modules[name] = previous
         raise InvalidInput(
             f"Importing {path.name} raised {type(error).__name__}: {error}.",
             f"Run `python {path.name}` to see the whole traceback.",
         ) from error
     return module
+
+
+def module_like(name: str) -> str:
+    """The loaded task module that a stored module's class belongs to: same content, else same file name.
+
+    A worker unpacks a task anywhere, so places differ; content differs when the file was edited since.
+    """
+    loaded = [known for known in reversed(sys.modules) if known.startswith(MODULE_PREFIX)]
+    for parts in (0, 1, 2):
+        wanted = name.rsplit("_", parts)[0]
+        for known in loaded:
+            if known.rsplit("_", parts)[0] == wanted:
+                return known
+    return name
 
 
 def check_declarations(task: Task) -> None:

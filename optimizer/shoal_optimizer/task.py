@@ -13,15 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import numpy as np
 
 from shoal_agent.runtimes.tensors import datatype_of, dtype_of
 from shoal_optimizer.data import Items, materialise, read_split
 from shoal_optimizer.data import TaskData as TaskData
+from shoal_optimizer.weights import load_module as load_module
+from shoal_optimizer.weights import require_torch as require_torch
+from shoal_optimizer.weights import save_module as save_module
 from shoal_protos.bundle import Signature, TensorSpec, canonical_json, digest_of
-from shoal_protos.errors import InvalidInput, MissingExtra, ShoalError, Unsupported
+from shoal_protos.errors import InvalidInput, ShoalError, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -391,15 +394,6 @@ def load_task(
     return task
 
 
-def require_torch() -> Any:
-    """The torch package. Raises MissingExtra with the install line."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtra("optimizer", "torch") from error
-    return torch
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators for the user's code and puts their states back afterwards."""
@@ -414,29 +408,6 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def save_module(module: nn.Module, path: Path) -> None:
-    """Stores a whole module, structure included: pruning changes structures."""
-    require_torch().save(module, path)
-
-
-def load_module(path: Path) -> nn.Module:
-    """Reads what `save_module` wrote. The task file must be loaded first, since it defines the classes.
-
-    Raises:
-        InvalidInput: the file is missing, damaged or of another task.
-    """
-    torch = require_torch()
-    try:
-        # Whole-module pickles run code: they are this task's own, and the task file is code too.
-        module: nn.Module = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise InvalidInput(
-            f"The weights '{path.name}' cannot be read: {type(error).__name__}: {error}.",
-            "Push the task again.",
-        ) from error
-    return module
 
 
 def _check_output(task: Task, spec: TensorSpec, outputs: np.ndarray) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -313,3 +315,28 @@ def test_an_onnx_file_with_an_unknown_operation_is_refused(onnx_file: Path) -> N
 def test_a_broken_onnx_file_is_refused(onnx_file: Path) -> None:
     onnx_file.write_bytes(b"\x08\x09 nothing")
     assert "no ONNX model" in _refusal(onnx_file).message
+
+
+def test_a_file_loaded_twice_has_one_set_of_classes(quadrants_path: Path, tmp_path: Path) -> None:
+    first, second = load_task(quadrants_path), load_task(quadrants_path)
+    assert type(first) is type(second)
+    first.save(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("edit", ["", "\n# edited since\n"])
+def test_weights_are_read_where_the_task_lies_elsewhere_or_was_edited(
+    quadrants: Task, quadrants_path: Path, tmp_path: Path, edit: str
+) -> None:
+    files = quadrants.save(tmp_path / "stored")
+    copy = tmp_path / quadrants_path.name
+    copy.write_text(quadrants_path.read_text() + edit)
+    code = (
+        "import sys; from pathlib import Path; from shoal_optimizer import load_task\n"
+        "task = load_task(sys.argv[1], weights=Path(sys.argv[2]), data=Path(sys.argv[3]))\n"
+        "print(task.data_digest, task.signature.outputs[0].shape)"
+    )
+    command = [sys.executable, "-c", code, str(copy), str(files.weights), str(files.data)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split()[0] == quadrants.data_digest
+    assert type(load_task(copy)) is not type(quadrants)
+    quadrants.save(tmp_path / "again")  # another copy in this process does not disturb it
