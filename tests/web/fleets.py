@@ -4,12 +4,15 @@
 of `shoal_controller.api.schemas`. Everything follows from a seed and one moment.
 """
 
+# ruff: noqa: E501  (tables of sample data read better unwrapped)
+
 from __future__ import annotations
 
 import asyncio
 import json
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -35,6 +38,12 @@ LETTER = {
 }  # fmt: skip
 
 
+def shift() -> None:
+    """Let fleets made from here on end now, so that ages on live pages are small."""
+    global NOW
+    NOW = int(time.time() * 1000)
+
+
 @dataclass
 class Fleet:
     now: int = NOW
@@ -50,13 +59,16 @@ class Fleet:
     latency: s.FleetLatency = field(default_factory=lambda: s.FleetLatency(times_ms=[], series={}))
     sentence: str = "No devices yet."
     next_step: str = ""
-    listeners: list[asyncio.Queue[dict[str, Any]]] = field(default_factory=list)
+    listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[dict[str, Any]]]] = field(
+        default_factory=list
+    )
     done: list[tuple[str, str, str]] = field(default_factory=list)  # what people did: object, verb, reason
 
     def change(self, kind: str, object: str = "") -> None:
-        """Tell every open stream that something changed."""
-        for queue in self.listeners:
-            queue.put_nowait({"kind": kind, "object": object})
+        """Tell every open stream that something changed; from any thread."""
+        for loop, queue in list(self.listeners):
+            message = {"kinds": [kind], "objects": {kind: [object]}}
+            loop.call_soon_threadsafe(queue.put_nowait, message)
 
     def status(self) -> s.Status:
         return s.Status(
@@ -133,7 +145,7 @@ def _variants(classes: list[str], version: int, serving: dict[str, int]) -> list
     for i, (name, target, precision, accuracy, p95, kb, plain, front, recipe) in enumerate(table):
         figures = []
         for c in classes:
-            if target not in c and not (c in (PI4, ORIN)):
+            if target not in c and c not in (PI4, ORIN):
                 continue
             slow = {PI4: 24.0, PI5: 8.0, ORIN: 2.4}.get(c, 1.0)
             unknown = c == ORIN and not plain
@@ -149,9 +161,15 @@ def _variants(classes: list[str], version: int, serving: dict[str, int]) -> list
 def _effects(p95: tuple[float, float, float], accuracy: tuple[float, float, float], n: int) -> list[s.Effect]:
     return [
         s.Effect(name="latency_p95", value=p95[0], low=p95[1], high=p95[2], gate=5.0, unit="%", n=n),
-        s.Effect(name="error_share", value=0.0, low=-0.1, high=0.1, gate=0.5, unit="pt", n=n),
+        s.Effect(name="error_share", value=0.0, low=-0.1, high=0.1, gate=0.5, unit="points", n=n),
         s.Effect(
-            name="accuracy", value=accuracy[0], low=accuracy[1], high=accuracy[2], gate=-1.0, unit="pt", n=n
+            name="accuracy",
+            value=accuracy[0],
+            low=accuracy[1],
+            high=accuracy[2],
+            gate=-1.0,
+            unit="points",
+            n=n,
         ),
     ]
 
@@ -309,7 +327,7 @@ def _fill(fleet: Fleet, classes: list[str]) -> Fleet:
             assignment="a-0001",
             release="l-0001",
             version=1,
-            choice={c: "pruned50-int8-onnxruntime" for c in classes},
+            choice=dict.fromkeys(classes, "pruned50-int8-onnxruntime"),
             devices=len(fleet.devices),
             p50_ms=0.7,
             p95_ms=1.4,
@@ -365,7 +383,7 @@ def small() -> Fleet:
     fleet.sentence = (
         "2 of 3 devices are well; mill is drifting since 08:20. A rollout of digits v2 is running."
     )
-    fleet.next_step = "Nothing for you to do: the loop is adapting."
+    fleet.next_step = "shoal finding list"
     return _fill(fleet, [ORT, OV, BOTH])
 
 
@@ -431,7 +449,7 @@ KEYS = {
     "p95": "p95_ms",
     "class": "profile_class",
     "temperature": "temperature_celsius",
-    "seen": "last_seen_ms",
+    "last_seen": "last_seen_ms",
 }
 
 
@@ -593,10 +611,11 @@ def _actions(router: APIRouter, fleet: Fleet) -> None:
     @router.get("/stream", response_class=EventSourceResponse)
     async def stream() -> AsyncIterator[ServerSentEvent]:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        fleet.listeners.append(queue)
+        listener = (asyncio.get_running_loop(), queue)
+        fleet.listeners.append(listener)
         try:
             yield ServerSentEvent(comment="open", retry=500)
             while True:
                 yield ServerSentEvent(raw_data=json.dumps(await queue.get()), event="change")
         finally:
-            fleet.listeners.remove(queue)
+            fleet.listeners.remove(listener)

@@ -43,10 +43,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _raise(answer: httpx.Response) -> None:
     """Turn a problem document back into the domain error that it came from."""
     try:
-        problem = s.Problem.model_validate(
-            {"title": "", "status": answer.status_code, "code": "", "detail": ""}
-        )
-        problem = problem.model_copy(update=answer.json())
+        problem = s.Problem.model_validate(answer.json())
     except ValueError:
         raise errors.ShoalError(f"The API answered {answer.status_code}.") from None
     kind = _ERRORS.get(problem.code) or _BY_STATUS.get(answer.status_code)
@@ -63,11 +60,11 @@ class Data:
 
     def __init__(self, app: ASGIApp, headers: dict[str, str] | None = None) -> None:
         self._app = app
-        self._headers = headers or {}
+        self._headers = {"accept-encoding": "identity", **(headers or {})}
 
     async def _call(self, shape: Any, method: str, path: str, **request: Any) -> Any:
         params = {k: v for k, v in request.pop("params", {}).items() if v not in (None, "")}
-        transport = httpx.ASGITransport(app=self._app)
+        transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://localhost/api/v1", headers=self._headers
         ) as client:

@@ -86,16 +86,14 @@ def context(
     points = [_point(row) for row in rows if _measured(row.figures)]
     objective = endpoints[0].objective if endpoints else ""
     latency, metric = view.limit(objective, "latency_p95"), view.limit(objective, "accuracy")
-    limits = {
-        "limit_x": latency[1] if latency else None,
-        "limit_y": metric[1] if metric and metric[1] > 0 else None,
-    }
+    limit_x = latency[1] if latency else None
+    limit_y = metric[1] if metric and metric[1] > 0 else None
     return {
-        "model": model, "version": version, "classes": classes, "counts": counts, "shown": shown, "rows": rows,
-        "objective": objective, "endpoints": endpoints,
+        "model": model, "version": version, "classes": classes, "counts": counts, "shown": shown,
+        "rows": rows, "objective": objective, "endpoints": endpoints,
         "plots_drawn": [
-            ("wide", plots.pareto(points, **limits)),
-            ("narrow", plots.pareto(points, width=440, height=380, **limits)),
+            ("wide", plots.pareto(points, limit_x=limit_x, limit_y=limit_y)),
+            ("narrow", plots.pareto(points, width=440, height=380, limit_x=limit_x, limit_y=limit_y)),
         ] if points else [],
     }  # fmt: skip
 

@@ -163,6 +163,8 @@ def _x_scale(plot: Pareto, points: Sequence[Point], limit: float | None) -> Call
             return plot.left + inner * (v - a) / (b - a)
 
         chosen = nice_ticks(a, b, 4 if plot.width < 600 else 7)
+    if len(chosen) > 10:
+        chosen = [t for t in chosen if math.isclose(math.log10(t), round(math.log10(t)), abs_tol=1e-6)]
     if plot.width < 600 and len(chosen) > 5:
         chosen = chosen[:: math.ceil(len(chosen) / 5)]
     plot.xticks = [Tick(scale(t), f"{_plain(t)} ms") for t in chosen]
@@ -292,7 +294,7 @@ def breaks(effect: s.Effect) -> bool:
 def spark(
     values: Sequence[float | None], width: int = 240, height: int = 48
 ) -> tuple[str, str, float, float] | None:
-    """A line for the newest windows: (path, area path, x and y of the last value), or None without two values.
+    """A line for the newest windows: (path, area path, x and y of the last value); None below two values.
 
     Missing windows break the line.
     """

@@ -29,7 +29,7 @@ def packages() -> list[dict[str, Any]]:
 
 def vendored(package: dict[str, Any], path: str) -> Path:
     """Where a package's file lies in the tree."""
-    return VENDOR / package["folder"] / Path(path).name
+    return VENDOR / str(package["folder"]) / Path(path).name
 
 
 def sha256(data: bytes) -> str:

@@ -41,7 +41,7 @@ _STATUS = {NotFound: 404, InvalidInput: 400, Conflict: 409, Denied: 403, Unavail
 
 
 def _static_version() -> str:
-    """Part of every static address: the release and what the files hold, so caches may keep them for a year."""
+    """Part of every static address: the release and what the files hold, so caches may keep them."""
     digest = hashlib.sha256()
     for path in sorted((HERE / "static").rglob("*")):
         if path.is_file():
@@ -338,13 +338,14 @@ class _Static(StaticFiles):
 
 
 def mount(app: FastAPI, controller: Any = None) -> None:
-    """Add the dashboard to the API's application: pages, static files, compression, pages for unknown addresses.
+    """Add the dashboard to the API's application: pages, static files, compression, 404s for people.
 
     `controller` is not needed: pages reach everything through the API of `app`.
     """
     app.mount(STATIC, _Static(directory=HERE / "static"), name="static")
-    app.include_router(router)
-    if not any(m.cls is GZipMiddleware for m in app.user_middleware):
+    if not any(getattr(route, "path", "") == "/join" for route in app.routes):
+        app.include_router(router)
+    if not any(getattr(m.cls, "__name__", "") == GZipMiddleware.__name__ for m in app.user_middleware):
         app.add_middleware(GZipMiddleware, minimum_size=600)  # leaves event streams alone
     otherwise = app.router.default
 

@@ -13,6 +13,11 @@ STATUSES = ("healthy", "updating", "degraded", "drifting", "offline")
 NONE = "–"
 
 
+def total(status: s.Status) -> int:
+    """Devices that belong to the fleet: revoked ones do not."""
+    return sum(count for name, count in status.devices.items() if name in STATUSES)
+
+
 def ago(ms: int | None, now_ms: int) -> str:
     """`4 s ago`, `3 min ago`, `2 d ago`; "never" for 0. The page's script keeps it counting."""
     if not ms:
@@ -78,6 +83,7 @@ def signed(value: float | None, unit: str = "") -> str:
     if value is None or value != value:
         return NONE
     text = f"{abs(value):.1f}" if abs(value) >= 0.05 or value == 0 else f"{abs(value):.2f}"
+    unit = {"points": "pt"}.get(unit, unit)
     sign = "−" if value < 0 else "+" if value > 0 else "±"
     return f"{sign}{text}{' ' + unit if unit else ''}"
 
@@ -108,6 +114,12 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def effect_name(name: str) -> str:
+    return {"latency_p95": "p95 latency", "error_share": "Errors", "accuracy": "Accuracy"}.get(
+        name, words(name)
+    )
+
+
 def class_parts(name: str) -> tuple[str, list[str]]:
     """`x86_64.avx512vnni.2c+onnxruntime+openvino` -> hardware and runtimes."""
     hardware, *runtimes = name.split("+")
@@ -133,7 +145,7 @@ def _option(key: str, value: float | str) -> str:
         return words(key) if value else ""
     if isinstance(value, float) and 0 < value < 1:
         return f"{value * 100:.0f} %"
-    return str(value) if isinstance(value, str) else f"{words(key)} {value}"
+    return str(value) if isinstance(value, str) else f"{value} {words(key)}"
 
 
 def steps(progress: Mapping[str, Any], state: str) -> list[dict[str, Any]]:
@@ -148,7 +160,7 @@ def steps(progress: Mapping[str, Any], state: str) -> list[dict[str, Any]]:
         row["name"] = str(row.get("name") or row.get("step") or "step")
         began = row.get("started_ms") or row.get("time_ms")
         ended = row.get("finished_ms") or row.get("ended_ms")
-        row["ms"] = ended - began if began and ended else None
+        row["ms"] = int(ended) - int(began) if began and ended else None
         rows.append(row)
     names = [row["name"] for row in rows]
     current = names.index(progress["step"]) if progress.get("step") in names else len(rows) - 1
@@ -172,20 +184,29 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         elif isinstance(value, bool) or value is None:
             pairs.append((name, {True: "yes", False: "no", None: NONE}[value]))
         elif isinstance(value, (int, float)):
-            pairs.append((name, _figure(str(key), value)))
+            unit = next((u for u in _UNITS if str(key).endswith(f"_{u}")), "")
+            label = name.removesuffix(words(f"_{unit}")) if unit else name
+            pairs.append(
+                (label, f"{_figure(str(key), value)} {_UNITS[unit]}" if unit else _figure(str(key), value))
+            )
         elif isinstance(value, (list, tuple)):
             flat = all(isinstance(item, (str, int, float)) for item in value)
             shown = ", ".join(num(i) if isinstance(i, (int, float)) else i for i in value) if flat else ""
             pairs.append((name, shown if flat and len(value) <= 6 else f"{len(value)} values"))
         elif str(value):
-            pairs.append((name, str(value)))
+            text = str(value)
+            pairs.append((name, f"{text[:19]}…" if text.startswith("sha256:") else text))
     return pairs
 
 
+_SHARES = ("value", "low", "high", "limit", "expected", "expected_low", "before", "after")
+_UNITS = {"s": "s", "percent": "%", "points": "points", "celsius": "°C"}
+
+
 def _figure(key: str, value: float) -> str:
-    if key.endswith("_ms") and value > 1e11:
-        return clock(int(value))
-    if key.endswith("share") or key.startswith("accuracy"):
+    if key.endswith("_ms"):
+        return clock(int(value)) if value > 1e11 else f"{num(value)} ms"
+    if key.endswith("share") or key.startswith("accuracy") or (key in _SHARES and 0 <= value <= 1):
         return score(value)
     if key.endswith("bytes"):
         return size(value)
@@ -199,6 +220,37 @@ def limit(objective: str, metric: str) -> tuple[str, float] | None:
         return None
     scale = {"us": 1e-3, "s": 1e3, "%": 0.01}.get(found[3] or "", 1.0)
     return found[1], float(found[2]) * scale
+
+
+def gates(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A rollout's limits and deadlines as readable pairs; gates this page does not know keep their names."""
+    pairs = []
+    for name, (label, text) in _GATES.items():
+        value = values.get(name)
+        if isinstance(value, (int, float)) and value:
+            amount = f"{value * 100:g}" if "share" in name or name in _RATIOS else f"{value:g}"
+            pairs.append((label, text.format(amount)))
+    return pairs + flatten(
+        {k: v for k, v in values.items() if k not in _GATES and k not in ("seed", "group_by")}
+    )
+
+
+_RATIOS = ("latency_p95_increase", "accuracy_drop")
+_GATES = {
+    "max_failed_share": ("Failed devices", "at most {} % of a wave"),
+    "latency_p95_increase": ("p95 latency", "at most {} % slower on the same devices"),
+    "latency_floor_ms": ("Small rises", "below {} ms harm nobody"),
+    "latency_limit_ms": ("Objective", "p95 at most {} ms"),
+    "error_share_increase": ("Errors", "at most {} points more"),
+    "accuracy_drop": ("Accuracy", "at most {} points lower"),
+    "min_requests": ("Latency counts", "from {} requests a device"),
+    "min_labels": ("Accuracy counts", "from {} labels a wave"),
+    "settle_s": ("Settles for", "{} s after the last switch"),
+    "observe_s": ("Decided after", "{} s with what there is"),
+    "silent_s": ("Silent after", "{} s without contact"),
+    "update_s": ("Update fails after", "{} s"),
+    "max_unavailable": ("Unavailable at once", "at most {}"),
+}
 
 
 def by_reason(devices: Iterable[s.RolloutDevice]) -> list[tuple[str, list[s.RolloutDevice]]]:
@@ -237,6 +289,7 @@ def plural(count: int, noun: str) -> str:
 
 FILTERS = {
     "span": span, "iso": iso, "clock": clock, "num": num, "score": score, "share": share, "signed": signed,
-    "size": size, "interval": interval, "words": words, "class_parts": class_parts, "recipe": recipe,
-    "steps": steps, "flatten": flatten, "plural": plural, "sample_value": sample_value,
+    "size": size, "interval": interval, "words": words, "effect_name": effect_name,
+    "class_parts": class_parts, "recipe": recipe,
+    "steps": steps, "gates": gates, "flatten": flatten, "plural": plural, "sample_value": sample_value,
 }  # fmt: skip

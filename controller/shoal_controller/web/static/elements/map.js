@@ -1,6 +1,7 @@
 // Every device, by profile class: one character a device. Few devices are tiles with names, many are a canvas.
 import { colours, onTheme } from "../colours.js";
 import { make } from "../make.js";
+import { details, tile } from "../tiles.js";
 
 const WORDS = { h: "healthy", u: "updating", d: "degraded", r: "drifting", o: "offline", x: "revoked" };
 const FEW = 40;
@@ -23,7 +24,11 @@ class ShoalMap extends HTMLElement {
   async read() {
     try {
       const answer = await fetch(this.getAttribute("src"));
-      if (answer.ok) this.data = await answer.json();
+      if (!answer.ok) return;
+      this.data = await answer.json();
+      this.total = this.data.states.reduce((sum, states) => sum + states.length, 0);
+      const filter = new URLSearchParams(this.getAttribute("src").split("?")[1]).get("filter") || "";
+      if (this.total <= FEW) this.known = await details(filter);
     } catch {
       return; // the live state says so
     }
@@ -35,7 +40,7 @@ class ShoalMap extends HTMLElement {
     const width = this.clientWidth;
     if (!fresh && width === this.width && !this.canvases) return;
     this.width = width;
-    const total = this.data.states.reduce((sum, states) => sum + states.length, 0);
+    const total = this.total;
     this.canvases = total > FEW || !this.data.names;
     const focused = this.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
     this.tip?.remove();
@@ -70,11 +75,7 @@ class ShoalMap extends HTMLElement {
     const tiles = make("div", { className: "map-tiles" });
     [...states].forEach((state, n) => {
       const name = this.data.names[index][n];
-      const tile = make("a", { href: `/devices/${encodeURIComponent(name)}` });
-      const mark = make("span", { className: `state ${WORDS[state]}` });
-      mark.append(document.createElement("i"));
-      tile.append(mark, name, make("small", { textContent: WORDS[state] }));
-      tiles.append(tile);
+      tiles.append(tile(name, WORDS[state], this.known?.[name]));
     });
     return tiles;
   }
