@@ -274,24 +274,18 @@ def run_outputs(
     parts: list[dict[str, Array]] = []
     size = 0
     with runtimes.find(bundle.config.runtime.name).load(bundle, options) as instance:
-        step, start = _BATCH, 0
-        while start < count:
-            cut = {name: np.ascontiguousarray(value[start : start + step]) for name, value in inputs.items()}
-            try:
-                answer = instance.run(cut)
-            except InvalidInput:
-                if step == 1:
-                    raise
-                step = 1  # a model of fixed batch size
-                continue
+        for start in range(0, count, _BATCH):
+            stop = start + _BATCH
+            answer = instance.run(
+                {name: np.ascontiguousarray(value[start:stop]) for name, value in inputs.items()}
+            )
             parts.append(answer)
             size += sum(value.nbytes for value in answer.values())
             if max_bytes and size > max_bytes:
                 raise InvalidInput(
-                    f"The outputs of {start + step} of {count} items already exceed {max_bytes} bytes.",
+                    f"The outputs of {min(stop, count)} of {count} items already exceed {max_bytes} bytes.",
                     "Ask for fewer items or a larger byte budget.",
                 )
-            start += step
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

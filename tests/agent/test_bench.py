@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import numpy_helper
 
 from shoal_agent import bench
 from shoal_agent.bench import Budget, execute, median_interval, quantile_interval, time_bundles, winner
-from shoal_agent.runtimes.base import Options
 from shoal_protos.bundle import Bundle, blob_path, digest_of
 from shoal_protos.v1.desired_pb2 import TRIAL_KIND_OUTPUTS, TRIAL_KIND_TIMING, Trial
 from shoal_protos.v1.telemetry_pb2 import TrialResult
@@ -120,16 +118,6 @@ class TestTrials:
         assert digest_of(path.read_bytes()) == result.outputs_blob
         with np.load(path) as archive:
             np.testing.assert_allclose(archive["logits"], bundles.expected(batch), atol=1e-4)
-
-    def test_a_fixed_batch_size_is_run_item_by_item(self, tmp_path: Path) -> None:
-        model = bundles.image_graph()
-        flatten = next(node for node in model.graph.node if node.op_type == "Flatten")
-        flatten.op_type = "Reshape"
-        flatten.input.append("one")
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray([1, 256]), "one"))
-        bundle = bundles.write(tmp_path, {"model.onnx": model.SerializeToString()})
-        found = bench.run_outputs(bundle, {"image": bundles.images(5)}, Options())
-        np.testing.assert_allclose(found["logits"], bundles.expected(bundles.images(5)), atol=1e-4)
 
     def test_what_cannot_run_is_a_result_with_the_reason(self, bundle: Bundle, tmp_path: Path) -> None:
         store, out = bundle.path, tmp_path / "out"
