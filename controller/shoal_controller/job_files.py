@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,8 @@ def prepare(
         "task": task,
         "version": {"model": model.name, "number": version.number},
         "objective": row.objective,
-        "classes": _classes(session, row, machine),
-        "budget": _budget(row),
+        "classes": (classes := _classes(session, row, machine)),
+        "budget": _budget(row, classes),
         "trial_results": _trials(session, blobs, directory, row),
     }
     for name, digest in (("weights", version.weights_blob), ("data", version.data_blob)):
@@ -95,11 +95,14 @@ def _place(blobs: BlobStore, digest: str, target: Path) -> Path:
     return target
 
 
-def _budget(row: Optimization) -> dict[str, Any]:
+def _budget(row: Optimization, classes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Minutes and trials per class. An adaptation keeps the networks that serve, whose timing is
+    known: it asks devices only about classes that this machine cannot speak for."""
     minutes = float(row.spec.get("minutes", 3.0))
     if minutes <= 0 or row.kind == "ingest":
         return {"minutes": PLAIN_MINUTES, "trials": 0}
-    return {"minutes": minutes, "trials": int(row.spec.get("trials", DEFAULT_TRIALS))}
+    known = row.kind == "adapt" and all(c["local"] for c in classes)
+    return {"minutes": minutes, "trials": 0 if known else int(row.spec.get("trials", DEFAULT_TRIALS))}
 
 
 def wanted_classes(session: Session, row: Optimization, machine: Profile) -> dict[str, ClassFacts]:

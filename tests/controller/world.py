@@ -3,7 +3,9 @@ report through intake, as agents do, on a clock that the test owns."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +90,12 @@ def make_bundle(
         ref = Reference("inputs.sketch", "", thresholds)
     need = RuntimeNeed(runtime, "model.bin", isa=isa)
     return write_bundle(layout, BundleConfig(SIGNATURE, need, name=name, reference=ref), files)
+
+
+def signature_json() -> dict[str, Any]:
+    """The signature as a job reports it and a version stores it."""
+    found: dict[str, Any] = json.loads(canonical_json(dataclasses.asdict(SIGNATURE)))
+    return found
 
 
 def source_tar(text: str = "task = 1\n", name: str = "digits.py", **members: bytes) -> bytes:
@@ -306,10 +314,8 @@ class World:
                 size=size,
                 actor="test",
             )
-            import json
-
             version.state, job.state = state, "done"
-            version.signature = json.loads(canonical_json(__import__("dataclasses").asdict(signature)))
+            version.signature = json.loads(canonical_json(dataclasses.asdict(signature)))
             version.baseline = {
                 "value": accuracy,
                 "low": accuracy - 0.01,
