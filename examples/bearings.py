@@ -128,7 +128,7 @@ class Bearings(Task):
     output_kind = "logits"
     units = "0.000203 g"
     labels = CLASSES
-    files = tuple(name for name in (DATA, WEIGHTS.name) if (HERE / name).is_file())
+    optional_files = ("DATANAME", "bearings.pt")
 
     def model(self) -> nn.Module:
         if not WEIGHTS.exists():

@@ -96,7 +96,7 @@ class Digits(Task):
     output_kind = "logits"
     color = "gray"
     labels = tuple("0123456789")
-    files = tuple(name for name in (WEIGHTS.name,) if WEIGHTS.is_file())
+    optional_files = ("digits.pt",)
 
     def model(self) -> nn.Module:
         if not WEIGHTS.exists():

@@ -50,13 +50,16 @@ class Task:
         input: the endpoint's input as applications send it: name, datatype, shape with -1 in the
             batch dimension, layout, value range.
         output: the endpoint's output; derived from the model when None.
-        files: names of files beside the task file that travel with it, and nothing else does.
+        files: names of files beside the task file that travel with it, and nothing else does. A
+            plain list of texts: pushing reads it without importing the file.
+        optional_files: the same for files that need not be there, such as trained weights.
         labels: class names, in the order of the logits.
         input_kind: "image", "audio", "series" or "tensor"; output_kind: "logits" or "values".
     """
 
     name: ClassVar[str] = ""
     files: ClassVar[Sequence[str]] = ()
+    optional_files: ClassVar[Sequence[str]] = ()
     input: ClassVar[TensorSpec]
     output: ClassVar[TensorSpec | None] = None
     labels: ClassVar[Sequence[str]] = ()

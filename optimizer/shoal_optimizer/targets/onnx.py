@@ -251,8 +251,11 @@ def excluded_nodes(graph: bytes, modules: tuple[str, ...] = ()) -> list[str]:
 
     wanted = (*FLOAT_PARTS, *(f"model.{name}" for name in modules))
     found = []
-    for node in onnx.load_from_string(graph).graph.node:
-        scopes = _scopes(node)
+    proto = onnx.load_from_string(graph).graph
+    weights = {item.name for item in proto.initializer}
+    for node in proto.node:
+        # A convolution folded with its batch norm bears the norm's scope; its weight tells the rest.
+        scopes = [*_scopes(node), *(name.rpartition(".")[0] for name in node.input if name in weights)]
         inside = any(s == part or s.startswith(f"{part}.") for s in scopes for part in wanted)
         if inside or node.name in modules:
             found.append(node.name)
