@@ -128,7 +128,7 @@ class Bearings(Task):
     output_kind = "logits"
     units = "0.000203 g"
     labels = CLASSES
-    optional_files = ("DATANAME", "bearings.pt")
+    optional_files = ("cwru_12k.npz", "bearings.pt")
 
     def model(self) -> nn.Module:
         if not WEIGHTS.exists():

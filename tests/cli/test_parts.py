@@ -148,3 +148,12 @@ class TestStream:
     def test_no_line_breaks_it(self, lines: list[str]) -> None:
         for event in parse_events(iter(lines)):
             assert set(event) == {"event", "data"}
+
+
+class TestOptionalFiles:
+    def test_they_travel_when_they_are_there(self, tmp_path: Path) -> None:
+        (tmp_path / "t.py").write_text("class T:\n    files = ['a']\n    optional_files = ('t.pt', 'none')\n")
+        (tmp_path / "a").write_bytes(b"1")
+        assert packing.pack(tmp_path / "t.py", tmp_path / "t.tar") == ["t.py", "a"]
+        (tmp_path / "t.pt").write_bytes(b"2")
+        assert packing.pack(tmp_path / "t.py", tmp_path / "t.tar") == ["t.py", "a", "t.pt"]

@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from shoal_protos.errors import InvalidInput
 
 
-def declared_files(source: str, name: str) -> list[str]:
-    """The value of `files` in the task class of a task file; [] when it declares none.
+def declared_files(source: str, name: str, attribute: str = "files") -> list[str]:
+    """The value of `files` (or `optional_files`) in the task class of a task file; [] when there is none.
 
     Raises:
-        InvalidInput: not Python, or `files` is not a plain list of texts.
+        InvalidInput: not Python, or the value is not a plain list of texts.
     """
     try:
         tree = ast.parse(source, filename=name)
@@ -29,39 +29,40 @@ def declared_files(source: str, name: str) -> list[str]:
         if not isinstance(node, ast.ClassDef):
             continue
         for statement in node.body:
-            value = _value_of_files(statement)
+            value = _value_of(statement, attribute)
             if value is not None:
-                found += _literal(value, name)
+                found += _literal(value, name, attribute)
     return list(dict.fromkeys(found))
 
 
-def _value_of_files(statement: ast.stmt) -> ast.expr | None:
+def _value_of(statement: ast.stmt, attribute: str) -> ast.expr | None:
     if isinstance(statement, ast.Assign):
         targets: list[ast.expr] = statement.targets
     elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
         targets = [statement.target]
     else:
         return None
-    if any(isinstance(target, ast.Name) and target.id == "files" for target in targets):
+    if any(isinstance(target, ast.Name) and target.id == attribute for target in targets):
         return statement.value
     return None
 
 
-def _literal(node: ast.expr, name: str) -> list[str]:
+def _literal(node: ast.expr, name: str, attribute: str) -> list[str]:
     try:
         value = ast.literal_eval(node)
     except ValueError:
         value = None
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise InvalidInput(
-            f"{name}: `files` (line {node.lineno}) must be a plain list of file names.",
-            'Write it as: files = ["signs.npz"]',
+            f"{name}: `{attribute}` (line {node.lineno}) must be a plain list of file names.",
+            f'Write it as: {attribute} = ["signs.npz"]',
         )
     return list(value)
 
 
 def travelling(task: Path) -> list[str]:
-    """The names that travel with a task: what its `files` declares; an ONNX file's `.npz`.
+    """The names that travel with a task: what its `files` declares and what of its `optional_files` is
+    there; an ONNX file's `.npz`.
 
     Raises:
         InvalidInput: the task file is missing, or neither Python nor ONNX.
@@ -69,7 +70,11 @@ def travelling(task: Path) -> list[str]:
     if task.suffix == ".onnx":
         return [task.with_suffix(".npz").name]
     try:
-        return declared_files(task.read_text(), task.name)
+        source = task.read_text()
+        optional = declared_files(source, task.name, "optional_files")
+        return declared_files(source, task.name) + [
+            name for name in optional if (task.parent / name).exists()
+        ]
     except OSError as error:
         raise InvalidInput(f"The task file {task} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
