@@ -56,7 +56,7 @@ class Space:
         epochs = 10 if 10 in self.epochs else self.epochs[0]
         ratios: list[float] = []
         for wanted in (KNOWN_GOOD, NEXT_BEST):
-            nearest = min(self.ratios, key=lambda ratio, wanted=wanted: (abs(ratio - wanted), ratio))
+            _, nearest = min((abs(ratio - wanted), ratio) for ratio in self.ratios)
             if nearest not in ratios:
                 ratios.append(nearest)
         return [{"ratio": ratio, "teacher": True, "epochs": epochs} for ratio in ratios]
