@@ -66,7 +66,6 @@ class Calibration:
 
     inputs: np.ndarray
     method: str = "minmax"
-    exclude: tuple[str, ...] = ()  # names of torch modules or ONNX nodes that stay fp32
 
 
 @dataclass(frozen=True)

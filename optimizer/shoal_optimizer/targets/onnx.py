@@ -215,7 +215,7 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
             activation_type=activations,
             weight_type=QuantType.QInt8,
             calibrate_method=method,
-            nodes_to_exclude=excluded_nodes(graph, calibration.exclude),
+            nodes_to_exclude=excluded_nodes(graph),
             calibration_cache_path=_ranges_path(task, graph, calibration),
             extra_options={"ActivationSymmetric": scheme.signed_activations},
         )
@@ -245,19 +245,21 @@ def _ranges_path(task: Task, graph: bytes, calibration: Calibration) -> str | No
     return str(task.cache_dir / f"ranges-{state.hexdigest()[:32]}.json")
 
 
-def excluded_nodes(graph: bytes, modules: tuple[str, ...] = ()) -> list[str]:
-    """Names of nodes that come from preprocess, postprocess or the named torch modules (or nodes)."""
+def excluded_nodes(graph: bytes) -> list[str]:
+    """Names of the nodes that come from preprocess or postprocess: they stay in float.
+
+    A single layer of the model cannot be kept in float like this: between quantized neighbours ONNX
+    Runtime quantizes its weights by itself when it loads the file (measured with 1.32).
+    """
     import onnx
 
-    wanted = (*FLOAT_PARTS, *(f"model.{name}" for name in modules))
-    found = []
     proto = onnx.load_from_string(graph).graph
     weights = {item.name for item in proto.initializer}
+    found = []
     for node in proto.node:
         # A convolution folded with its batch norm bears the norm's scope; its weight tells the rest.
         scopes = [*_scopes(node), *(name.rpartition(".")[0] for name in node.input if name in weights)]
-        inside = any(s == part or s.startswith(f"{part}.") for s in scopes for part in wanted)
-        if inside or node.name in modules:
+        if any(scope.partition(".")[0] in FLOAT_PARTS for scope in scopes):
             found.append(node.name)
     return found
 

@@ -69,13 +69,6 @@ def test_preprocessing_is_in_the_graph_and_stays_in_float(quadrants: Task, local
             assert makers.get(node.input[0]) != "DequantizeLinear"
 
 
-def test_named_modules_can_stay_in_float(quadrants: Task) -> None:
-    graph = float_graph(quadrants.original, quadrants)
-    names = set(excluded_nodes(graph, ("2",))) - set(excluded_nodes(graph))
-    kinds = {node.name: node.op_type for node in onnx.load_from_string(graph).graph.node}
-    assert [kinds[name] for name in names].count("Conv") == 2  # the residual block's
-
-
 def test_files_carry_no_exporter_metadata(quadrants: Task) -> None:
     exported = targets.find("onnxruntime").export(quadrants.original, quadrants)
     model = onnx.load_from_string(exported.files["model.onnx"])

@@ -31,7 +31,7 @@ class TestTechnique:
         for parameter, spec in technique.parameters.items():
             with pytest.raises(InvalidInput, match=parameter):
                 technique.check({parameter: object()})
-            if not spec.choices and not isinstance(spec.default, str):
+            if not spec.choices:
                 with pytest.raises(InvalidInput, match=parameter):
                     technique.check({parameter: type(spec.default)(-1)})
 
