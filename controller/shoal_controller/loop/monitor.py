@@ -7,6 +7,7 @@ its interval, and a drift alarm says that it is not an accuracy alarm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,9 @@ class MonitorSettings:
 
     drift_items: int = 50  # of one block; detection needs 10 to 20
     drift_cap: int = 200  # thresholds of larger windows find harmless shifts
-    drift_blocks: int = 2  # so many in a row, each over its threshold
-    drift_margin: float = 1.15  # over the largest of the held-out clean windows
+    drift_blocks: int = 2  # so many in a row over, and it is a finding
+    drift_margin: float = 1.1  # over what held-out clean windows reached
+    drift_clear_blocks: int = 3  # so many in a row within, and it is over
     latency_requests: int = 100
     error_requests: int = 50
     error_share: float = 0.02
@@ -272,57 +274,74 @@ def nearest_threshold(
     return size, thresholds[str(size)]
 
 
-def exceeds(
-    reference: pb.SketchSet,
-    block: Block,
-    thresholds: Mapping[str, Mapping[str, float]],
-    settings: MonitorSettings,
-) -> tuple[bool, dict[str, Any]] | None:
-    """Whether a block lies outside what clean windows of its size reached: every statistic that
-    has a threshold must be above it, with the margin. None when it cannot be told."""
-    nearest = nearest_threshold(thresholds, block.items, settings.drift_cap)
-    if (
-        nearest is None
-        or reference.kind != block.inputs.kind
-        or reference.rule_version != block.inputs.rule_version
-    ):
+def drift_score(
+    reference: pb.SketchSet, block: Block, thresholds: Mapping[str, Mapping[str, float]], cap: int
+) -> tuple[float, dict[str, Any]] | None:
+    """How far a block lies outside what clean windows of its size reached: the geometric mean of
+    each statistic over its own threshold, 1.0 = just there. None when it cannot be told.
+
+    PSI sees a shift earlier, KS is fooled less by a few odd inputs: a block must be far in both,
+    or very far in one.
+    """
+    nearest = nearest_threshold(thresholds, block.items, cap)
+    same = reference.kind == block.inputs.kind and reference.rule_version == block.inputs.rule_version
+    if nearest is None or not same:
         return None
     size, limits = nearest
-    largest = distances.largest(reference, block.inputs)
     evidence: dict[str, Any] = {"n": block.items, "threshold_n": size, "end_ms": block.end_ms}
-    verdicts = []
-    for name, (value, statistic) in largest.items():
-        if name in limits:
-            verdicts.append(value > limits[name] * settings.drift_margin)
+    ratios = []
+    for name, (value, statistic) in distances.largest(reference, block.inputs).items():
+        if limits.get(name, 0.0) > 0:
+            ratios.append(value / limits[name])
             evidence |= {name: value, f"{name}_threshold": limits[name], f"{name}_statistic": statistic}
-    return (all(verdicts), evidence) if verdicts else None
+    if not ratios:
+        return None
+    evidence["score"] = math.prod(ratios) ** (1 / len(ratios))
+    return evidence["score"], evidence
 
 
 def _drift(served: Served, spans: Sequence[Span], settings: MonitorSettings) -> Signal | None:
     if served.reference is None:
         return None
-    found = blocks(spans, settings.drift_items, settings.drift_blocks)
-    results = [exceeds(served.reference, block, served.thresholds, settings) for block in found]
-    if not results or any(result is None for result in results):
-        return None
-    told = [result for result in results if result is not None]
-    newest = told[0][1]
-    where = f"'{served.endpoint_name}' on {served.profile_class}"
-    if not told[0][0]:
+    count = max(settings.drift_blocks, settings.drift_clear_blocks)
+    told = []
+    for block in blocks(spans, settings.drift_items, count):
+        scored = drift_score(served.reference, block, served.thresholds, settings.drift_cap)
+        if scored is None:
+            return None
+        told.append(scored)
+    newest_blocks = told[: settings.drift_blocks]
+    if len(newest_blocks) == settings.drift_blocks and all(
+        s > settings.drift_margin for s, _ in newest_blocks
+    ):
+        evidence = newest_blocks[0][1]
+        since = min(e["end_ms"] for _, e in newest_blocks)
         return _signal(
-            served, "input_drift", False, f"Inputs of {where} are within the reference again.", **newest
+            served,
+            "input_drift",
+            True,
+            _drift_sentence(served, evidence, settings),
+            since_ms=since,
+            **evidence,
         )
-    if len(told) < settings.drift_blocks or not all(over for over, _ in told):
-        return None
-    name = "psi" if "psi" in newest else "ks"
-    text = (
-        f"Inputs of {where} have drifted: {newest[f'{name}_statistic']} differs most, {name.upper()} "
-        f"{newest[name]:.2f} over {newest['n']} inputs, where clean windows of {newest['threshold_n']} "
-        f"stayed below {newest[f'{name}_threshold']:.2f}, {settings.drift_blocks} times in a row. "
+    clear = told[: settings.drift_clear_blocks]
+    if len(clear) == settings.drift_clear_blocks and all(score <= 1.0 for score, _ in clear):
+        where = f"'{served.endpoint_name}' on {served.profile_class}"
+        return _signal(
+            served, "input_drift", False, f"Inputs of {where} are within the reference again.", **clear[0][1]
+        )
+    return None
+
+
+def _drift_sentence(served: Served, evidence: Mapping[str, Any], settings: MonitorSettings) -> str:
+    name = "psi" if "psi" in evidence else "ks"
+    return (
+        f"Inputs of '{served.endpoint_name}' on {served.profile_class} have drifted: "
+        f"{evidence[f'{name}_statistic']} differs most, {name.upper()} {evidence[name]:.2f} over "
+        f"{evidence['n']} inputs, where clean windows of {evidence['threshold_n']} stayed below "
+        f"{evidence[f'{name}_threshold']:.2f}, {settings.drift_blocks} times in a row. "
         "This is no accuracy alarm: accuracy is known only from labels."
     )
-    since = min(evidence["end_ms"] for _, evidence in told)
-    return _signal(served, "input_drift", True, text, since_ms=since, **newest)
 
 
 # ------------------------------------------------------------------ classes and devices

@@ -168,7 +168,7 @@ def test_offline_device_is_carried_and_updates_when_it_returns(world: World) -> 
 
 
 def test_device_that_falls_silent_with_the_new_bundle_stops_it(world: World) -> None:
-    _, names, name = serve_first(world)
+    _, _names, name = serve_first(world)
     second(world, name)
     rollout = create(world)
     row = world.row(Rollout, rollout)
@@ -184,7 +184,7 @@ def test_device_that_falls_silent_with_the_new_bundle_stops_it(world: World) -> 
 
 
 def test_killed_controller_resumes(world: World) -> None:
-    endpoint, names, name = serve_first(world)
+    _endpoint, names, name = serve_first(world)
     second(world, name)
     rollout = create(world)
     for look in range(200):
@@ -218,7 +218,7 @@ def test_device_that_joins_gets_the_old_one_until_its_wave(world: World) -> None
 
 
 def test_pause_abort_and_conflicts(world: World) -> None:
-    endpoint, names, name = serve_first(world)
+    endpoint, _names, name = serve_first(world)
     before = world.current(endpoint)
     with pytest.raises(Conflict, match="serves just this"):
         create(world)
@@ -274,7 +274,7 @@ def test_revoked_device_does_not_hang_a_wave(world: World) -> None:
     from shoal_controller import devices
     from shoal_controller.store.tables import Device
 
-    _, names, name = serve_first(world)
+    _, _names, name = serve_first(world)
     second(world, name)
     rollout = create(world)
     first = world.row(Rollout, rollout).waves[0]["devices"][0]
