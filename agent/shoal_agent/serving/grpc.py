@@ -21,7 +21,7 @@ from shoal_agent.serving import describe
 from shoal_agent.serving.dataplane import DataPlane, Loaded
 from shoal_agent.serving.errors import RETRY_AFTER_S, as_shoal, grpc_code
 from shoal_agent.serving.wire import Codec, classify, pack_text, view_of
-from shoal_protos.errors import Conflict, Denied, InvalidInput, Overloaded, Unsupported
+from shoal_protos.errors import Conflict, Denied, InvalidInput, NotFound, Overloaded, Unsupported
 from shoal_protos.oip import service_pb2 as oip
 
 log = logging.getLogger("shoal.serving")
@@ -180,7 +180,10 @@ class Calls:
         return oip.ServerReadyResponse(ready=self._plane.ready())
 
     def model_ready(self, request: Any) -> Any:
-        self._plane.find(request.name, request.version)
+        try:
+            self._plane.find(request.name, request.version)
+        except NotFound:
+            return oip.ModelReadyResponse(ready=False)
         return oip.ModelReadyResponse(ready=True)
 
     def server_metadata(self, _: Any) -> Any:
