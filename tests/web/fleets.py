@@ -109,7 +109,7 @@ def device(
         labels={"site": f"lab-{index % 7}"}, version="digits v2" if status == "updating" else "digits v1", p95_ms=round(p95, 2),
         temperature_celsius=round(dice.uniform(44, 63), 1), last_seen_ms=NOW - dice.randrange(1000, 29_000) - (360_000 if status == "offline" else 0),
         joined_ms=NOW - 3 * 86_400_000 - index, agent_version="0.1.0",
-        placements=[s.PlacementView(endpoint="digits", wanted="pruned50-int8-onnxruntime", serving="plain-fp32-onnxruntime" if status == "updating" else "pruned50-int8-onnxruntime", step=step,
+        placements=[s.PlacementView(endpoint="digits", wanted="pruned50-int8-onnxruntime", serving="sha256:" + "4b" * 32, variant="plain-fp32-onnxruntime" if status == "updating" else "pruned50-int8-onnxruntime", step=step,
                                     reason="" if step == "commit" else "probe", detail="" if step == "commit" else "p95 3.9 ms, at most 2.5 ms here")],
         profile={"architecture": profile_class.split(".")[0], "cpu_model": "Intel Xeon (Ice Lake)", "isa_features": ["avx2", "avx512f", "avx512_vnni"], "cores": 2, "memory_bytes": 8 << 30,
                  "runtimes": [{"name": r, "version": "1.32.0", "providers": ["CPUExecutionProvider"]} for r in runtimes], "os": "linux 6.1.0 debian 12 glibc 2.36",
@@ -183,9 +183,9 @@ def _rollouts(devices: list[s.DeviceDetail]) -> list[s.Rollout]:
                                reason="probe_latency" if d.status == "degraded" else "", detail="p95 3.9 ms, at most 2.5 ms here" if d.status == "degraded" else "", logs=d.logs)
                for i, d in enumerate(devices)]  # fmt: skip
     waves = [
-        s.Wave(name="canary", state="passed", devices=first, switched=first, failed=0, effects=_effects((-11.8, -14.9, -8.7), (0.2, -0.4, 0.8), first), decision="go", started_ms=NOW - 20 * MINUTE, decided_ms=NOW - 15 * MINUTE),
-        s.Wave(name="wave 1", state="running", devices=second, switched=max(1, second * 3 // 5), failed=sum(d.state == "failed" for d in outcome), effects=_effects((-9.1, -10.4, -7.8), (-0.1, -0.4, 0.2), second), decision="collecting", started_ms=NOW - 15 * MINUTE),
-        s.Wave(name="rest", state="waiting", devices=rest, switched=0, failed=0),
+        s.Wave(name="1", state="passed", devices=first, switched=first, failed=0, effects=_effects((-11.8, -14.9, -8.7), (0.2, -0.4, 0.8), first), decision="go", started_ms=NOW - 20 * MINUTE, decided_ms=NOW - 15 * MINUTE),
+        s.Wave(name="20%", state="running", devices=second, switched=max(1, second * 3 // 5), failed=sum(d.state == "failed" for d in outcome), effects=_effects((-9.1, -10.4, -7.8), (-0.1, -0.4, 0.2), second), decision="collecting", started_ms=NOW - 15 * MINUTE),
+        s.Wave(name="100%", state="waiting", devices=rest, switched=0, failed=0),
     ]  # fmt: skip
     gates = {
         "latency_p95": {"at_most_slower": "5 %"},
@@ -195,7 +195,7 @@ def _rollouts(devices: list[s.DeviceDetail]) -> list[s.Rollout]:
         "max_unavailable": 2,
     }
     live = s.Rollout(id="r-0002", endpoint="digits", from_label="v1", to_label="v2", state="running",
-                     sentence=f"Wave 1 is running. {waves[1].switched} of {second} devices switched; p95 is 9.1 % lower than on v1 (95 % interval 7.8 to 10.4 % lower), accuracy unchanged within 0.4 points. No stop so far.",
+                     sentence=f"Wave 2 of 3 is running. {waves[1].switched} of {second} devices switched; p95 is 9.1 % lower than on v1 (95 % interval 7.8 to 10.4 % lower), accuracy unchanged within 0.4 points. No stop so far.",
                      waves=waves, gates=gates, devices=outcome, actor="loop", reason="adapted to the field", finding="f-0002", created_ms=NOW - 21 * MINUTE, finished_ms=0)  # fmt: skip
     stopped = s.Wave(
         name="canary",
@@ -242,7 +242,7 @@ def _optimizations(model: str = "digits") -> list[s.Optimization]:
     return [
         s.Optimization(id="o-0003", kind="adapt", model=model, version=1, endpoint="digits", objective="accuracy>=0.96, latency_p95<=2ms; minimise latency_p95", state="running",
                        progress={"step": "distil", "share": 0.42, "message": "epoch 5 of 12, validation 95.1 %", "steps": [*steps, {"name": "distil", "state": "running", "started_ms": NOW - MINUTE}]}, result={},
-                       trials=[{"id": "t-0004", "kind": "timing", "profile_class": ORT, "device": "d00000", "state": "done", "result": {"p95_ms": 0.92, "incumbent_p95_ms": 1.04}}, {"id": "t-0005", "kind": "outputs", "profile_class": OV, "device": "", "state": "pending", "result": None}],
+                       trials=[{"id": "t-0004", "kind": "timing", "profile_class": ORT, "device": "kiln", "state": "done", "figures": {"latency": {"p50_ms": 0.71, "p95_ms": 0.92, "n": 200}}, "winner": "candidate"}, {"id": "t-0005", "kind": "outputs", "profile_class": OV, "device": "", "state": "pending"}],
                        created_ms=NOW - 25 * MINUTE, started_ms=NOW - 24 * MINUTE, finished_ms=0),
         s.Optimization(id="o-0002", kind="optimize", model=model, version=1, endpoint="digits", objective="accuracy>=0.96, latency_p95<=2ms; minimise latency_p95", state="done", progress={"step": "pack", "share": 1.0, "steps": ["analyse", "plain", "prune", "distil", "quantize", "measure", "pack"]},
                        result={"choice": {ORT: {"feasible": True, "sentence": "pruned50-int8-onnxruntime: 97.4 %, p95 0.92 ms, the fastest that keeps 96 %."}, ORIN: {"feasible": False, "sentence": "No variant is measured on this class yet."}}}, release="l-0001", created_ms=NOW - 110 * MINUTE, started_ms=NOW - 109 * MINUTE, finished_ms=NOW - 104 * MINUTE),
@@ -550,9 +550,7 @@ def _nouns(router: APIRouter, fleet: Fleet) -> None:
 
     @router.get("/findings")
     def findings(state: str = "") -> list[s.Finding]:
-        return [
-            f for f in fleet.findings if state in ("", f.state) or (state == "open" and f.state == "acting")
-        ]
+        return [f for f in fleet.findings if not state or f.state in state.split(",")]
 
     @router.get("/findings/{id}")
     def finding(id: str) -> s.Finding:

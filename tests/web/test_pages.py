@@ -110,7 +110,7 @@ def test_fleet_says_first_what_matters(small: Small) -> None:
     assert "/?filter=status:drifting" in found.links
     assert "/rollouts/r-0002" in found.links
     assert "/findings/f-0002" in found.links
-    assert "/findings/f-0001" not in found.links  # resolved
+    assert "/findings/f-0001" not in found.links  # closed
 
 
 def test_empty_fleet_shows_how_to_join() -> None:
@@ -172,9 +172,9 @@ def test_rollout_page(small: Small) -> None:
     _, client = small
     found = page(client, "/rollouts/r-0002")
     text = found.text("main")
-    assert "Wave 1 is running." in text
+    assert "Wave 2 of 3 is running." in text
     assert "−11.8 %" in text and "−14.9 to −8.7" in text
-    assert "starts when wave 1 passes" in text
+    assert "starts when wave 2 passes" in text
     drawings = [e for e in found.all("svg") if e.attributes.get("class", "").startswith("forest")]
     assert len(drawings) == 6
     assert "gate +5.0 %" in drawings[0].attributes["aria-label"]

@@ -143,7 +143,7 @@ async def _together(*calls: Awaitable[Any]) -> list[Any]:
 @router.get("/")
 async def fleet(request: Request, filter: str = "", sort: str = "name", offset: int = 0) -> Response:
     api = data(request)
-    status, running, findings = await _together(api.status(), api.rollouts(), api.findings("open"))
+    status, running, findings = await _together(api.status(), api.rollouts(), api.findings("open,acting"))
     problem, found = "", None
     try:
         found = await api.devices(filter, sort, max(0, offset), WINDOW)
@@ -229,7 +229,7 @@ async def endpoint(request: Request, name: str) -> Response:
     api = data(request)
     found = await api.endpoint(name)
     variants, rollouts, findings = await _together(
-        api.variants(found.model), api.rollouts(), api.findings("open")
+        api.variants(found.model), api.rollouts(), api.findings("open,acting")
     )
     return await render(
         request, "endpoint.html", "endpoints", endpoint=found,
@@ -299,7 +299,7 @@ async def story(request: Request, endpoint: str = "") -> Response:
 
 @router.get("/audit")
 async def audit(request: Request, kind: str = "", object: str = "") -> Response:
-    events = await data(request).events(kind, object, 200)
+    events = await data(request).events(kind, object, 150)
     events.sort(key=lambda event: event.id, reverse=True)
     return await render(request, "audit.html", "audit", events=events, kind=kind, object=object)
 

@@ -241,8 +241,8 @@ _GATES = {
     "latency_p95_increase": ("p95 latency", "at most {} % slower on the same devices"),
     "latency_floor_ms": ("Small rises", "below {} ms harm nobody"),
     "latency_limit_ms": ("Objective", "p95 at most {} ms"),
-    "error_share_increase": ("Errors", "at most {} points more"),
-    "accuracy_drop": ("Accuracy", "at most {} points lower"),
+    "error_share_increase": ("Errors", "at most {} pt more"),
+    "accuracy_drop": ("Accuracy", "at most {} pt lower"),
     "min_requests": ("Latency counts", "from {} requests a device"),
     "min_labels": ("Accuracy counts", "from {} labels a wave"),
     "settle_s": ("Settles for", "{} s after the last switch"),
@@ -251,6 +251,25 @@ _GATES = {
     "update_s": ("Update fails after", "{} s"),
     "max_unavailable": ("Unavailable at once", "at most {}"),
 }
+
+
+def change(event: s.Event) -> str:
+    """What an event changed, on one line: `state open → acting`."""
+    before, after = dict(flatten(event.before or {})), dict(flatten(event.after or {}))
+    parts = []
+    for name in [*after, *(n for n in before if n not in after)]:
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            parts.append(f"{name} {old} → {new}" if old and new else f"{name} {new or f'{old} →'}")
+    return ", ".join(parts)
+
+
+def story_figure(kind: str, name: str, value: float | None) -> tuple[str, str]:
+    """A figure of the story with its label; a rollout's figures are effects."""
+    if kind == "rollout" and name in ("latency_p95", "error_share", "accuracy"):
+        return effect_name(name), signed(value, "%" if name == "latency_p95" else "points")
+    label = words(name) if name.replace("_", "") not in ("psi", "ks") else name.upper()
+    return label, _figure(name, value) if value is not None else "no data"
 
 
 def by_reason(devices: Iterable[s.RolloutDevice]) -> list[tuple[str, list[s.RolloutDevice]]]:
@@ -262,6 +281,18 @@ def by_reason(devices: Iterable[s.RolloutDevice]) -> list[tuple[str, list[s.Roll
         ):
             groups.setdefault(device.reason or device.state, []).append(device)
     return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+
+
+def wave_title(index: int, name: str) -> str:
+    """`Wave 1` for waves that are named by their size, else the wave's own name."""
+    return f"Wave {index + 1}" if name.rstrip("%").replace(".", "", 1).isdigit() else name
+
+
+def wave_size(name: str) -> str:
+    """What a wave that is named by its size reaches: `1 device`, `25 % of the rest`."""
+    if name.isdigit():
+        return plural(int(name), "device")
+    return f"{name.rstrip('%')} % of the devices" if name.endswith("%") else ""
 
 
 def touched(rollout: s.Rollout) -> dict[str, int]:
@@ -291,5 +322,6 @@ FILTERS = {
     "span": span, "iso": iso, "clock": clock, "num": num, "score": score, "share": share, "signed": signed,
     "size": size, "interval": interval, "words": words, "effect_name": effect_name,
     "class_parts": class_parts, "recipe": recipe,
-    "steps": steps, "gates": gates, "flatten": flatten, "plural": plural, "sample_value": sample_value,
+    "steps": steps, "gates": gates, "change": change, "flatten": flatten, "plural": plural,
+    "sample_value": sample_value,
 }  # fmt: skip

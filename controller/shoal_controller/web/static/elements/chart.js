@@ -63,7 +63,7 @@ class ShoalChart extends HTMLElement {
     this.observer.disconnect();
     this.observer.observe(holder);
     const axis = { stroke: paint.muted, grid: { stroke: paint.line, width: 1 }, ticks: { show: false }, font: "12px Inter, sans-serif" };
-    const sparse = data[0].length < 30;
+    const sparse = (line) => line.filter((v) => v != null).length < 30;
     this.plot = new uPlot({
       ...this.size(), padding: [10, 14, 0, 0],
       legend: { show: false },
@@ -73,7 +73,7 @@ class ShoalChart extends HTMLElement {
         { ...axis, space: 80, size: 30, values: (_, splits) => splits.map((s) => clock.format(s * 1000)) },
         { ...axis, size: 46, splits: (_, __, low, high) => ticks(low, high), values: (_, splits) => splits.map((v) => (v == null ? "" : String(Number(v.toPrecision(2))))) },
       ],
-      series: [{}, ...names.map((name, i) => ({ label: name, stroke: this.strokes[i], width: 1.8, spanGaps: true, points: { show: sparse, size: 5, fill: this.strokes[i] } }))],
+      series: [{}, ...names.map((name, i) => ({ label: name, stroke: this.strokes[i], width: 1.8, spanGaps: true, points: { show: sparse(data[i + 1]), size: 5, fill: this.strokes[i] } }))],
       hooks: { setCursor: [() => this.legend()] },
     }, data, holder);
     holder.setAttribute("role", "img");
