@@ -265,8 +265,6 @@ class Spool:
 
     def _remember(self, file: _File) -> None:
         """Notes the acknowledgement; losing the note only means sending again."""
-        if file.done:
-            return  # the file itself goes, or its next message renews the note
         try:
             self._fs.write(file.path.with_suffix(".ack"), str(file.acknowledged).encode())
         except OSError as error:
