@@ -19,7 +19,8 @@ AGENTS: Mapping[str, str] = {
     "kitchen": "openvino",
     "workshop": "onnxruntime,openvino",
 }
-UP_S, JOIN_S, HEARTBEAT_S = 60.0, 40.0, 30.0
+UP_S, JOIN_S, HEARD_S = 60.0, 40.0, 30.0
+HEARTBEAT_S = 10
 TELEMETRY_S = 2  # how often agents report; the default of 30 s would make the story slow
 
 
@@ -49,7 +50,7 @@ def start_controller(
             *("--enrolment-port", str(given.get("enrolment", 0))),
             *("--agents-port", str(given.get("agents", 0))),
         ],
-        {"SHOAL_TELEMETRY_SECONDS": str(telemetry_s), "SHOAL_DRIFT_WINDOW_SECONDS": "60"},
+        {"SHOAL_TELEMETRY_SECONDS": str(telemetry_s), "SHOAL_HEARTBEAT_SECONDS": str(HEARTBEAT_S)},
     )
 
     def answering() -> Client | None:
@@ -128,7 +129,7 @@ def start_agent(stage: Stage, client: Client, name: str, settings: Mapping[str, 
             start_s=(device.last_seen_ms - process.started_ms) / 1000,
         )
 
-    return stage.wait(f"{name} is heard", heard, HEARTBEAT_S, 0.1, explain=process.tail)
+    return stage.wait(f"{name} is heard", heard, HEARD_S, 0.1, explain=process.tail)
 
 
 def supervisor_rss_mb(agent: Agent) -> float:

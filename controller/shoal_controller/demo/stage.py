@@ -46,6 +46,7 @@ class Process:
     popen: subprocess.Popen[bytes]
     log: Path
     started_ms: int  # wall clock
+    ends: bool = False  # it may end by itself
 
     def tail(self, lines: int = 15) -> str:
         with contextlib.suppress(OSError):
@@ -77,8 +78,15 @@ class Stage:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_")}
         return {**inherited, "SHOAL_HOME": str(self.home), "OMP_NUM_THREADS": "1", **(more or {})}
 
-    def start(self, name: str, command: Sequence[str], more: Mapping[str, str] | None = None) -> Process:
-        """Starts a long-lived process in a session of its own."""
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        more: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        ends: bool = False,
+    ) -> Process:
+        """Starts a process in a session of its own; `ends`: it may end by itself, see `finish`."""
         log = self.root / "logs" / f"{name}.log"
         started_ms = int(time.time() * 1000)
         with log.open("ab") as output:
@@ -88,10 +96,10 @@ class Stage:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self.environment(more),
-                cwd=self.root,
+                cwd=cwd or self.root,
                 start_new_session=True,
             )
-        process = Process(name, popen, log, started_ms)
+        process = Process(name, popen, log, started_ms, ends)
         self.processes.append(process)
         return process
 
@@ -140,7 +148,7 @@ class Stage:
         """Raises BrokenPromise when a process of the stage ended by itself."""
         for process in self.processes:
             code = process.popen.poll()
-            if code is not None:
+            if code is not None and not process.ends:
                 raise BrokenPromise(
                     "every process stays up", f"{process.name} ended with code {code}:\n{process.tail()}"
                 )
@@ -175,6 +183,13 @@ class Stage:
                     trouble = explain() if explain else trouble
                 raise BrokenPromise(promise, f"Not within {timeout_s:.0f} s. {trouble}")
             time.sleep(interval_s)
+
+    def finish(self, process: Process, promise: str, timeout_s: float) -> None:
+        """Waits for a process that ends by itself. Raises BrokenPromise unless it ends well in time."""
+        code = self.wait(promise, process.popen.poll, timeout_s, 0.1, process.tail)
+        self.processes.remove(process)
+        if code != 0:
+            raise BrokenPromise(promise, f"Exit code {code}:\n{process.tail()}")
 
     def stop(self, process: Process) -> None:
         """Ends one process and forgets it."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from shoal_controller.api import schemas
+from shoal_controller.cli.packing import travelling
 from shoal_controller.client import Client
 from shoal_controller.demo import cast, evidence, figures, timing, traffic, worsening
 from shoal_controller.demo.applications import Applications, Feed
@@ -25,7 +26,7 @@ from shoal_protos.errors import InvalidInput
 
 OBJECTIVE = "accuracy>=0.95, latency_p95<=20ms; minimise size"
 ENDED = ("done", "failed", "cancelled")
-IDLE_S = 20.0
+IDLE_S = 2.0 * cast.HEARTBEAT_S  # always two heartbeats
 DEADLINES: Mapping[str, float] = {
     "train": 120.0,
     "push": 90.0,
@@ -106,21 +107,24 @@ class Story:
         slowest = max(agent.start_s for agent in self.agents)
         self.figures["agent_start_s"] = figures.figure(slowest, "s", n=len(self.agents))
 
+    def begin_training(self) -> None:
+        """Copies the task with its files and runs it: `python TASK` trains and writes the weights."""
+        folder = self.stage.root / "task"
+        folder.mkdir()
+        self.task_file = Path(shutil.copy(self.plan.task, folder))
+        for name in travelling(self.plan.task):
+            copy_into(self.plan.task.parent / name, folder / name)
+        self.known = set(folder.iterdir())
+        command = [sys.executable, self.task_file.name]
+        self.training = self.stage.start("training", command, cwd=folder, ends=True)
+
     def original(self) -> None:
         with self.narrator.chapter(f"Train the original of {self.plan.task.name}"):
-            folder = self.stage.root / "task"
-            folder.mkdir()
-            self.task_file = Path(shutil.copy(self.plan.task, folder))
-            for name in declared(self.plan.task):
-                copy_into(self.plan.task.parent / name, folder / name)
-            known = set(folder.iterdir())
-            promise = "the original is trained"
-            said = self.stage.run(
-                promise, [sys.executable, self.task_file.name], DEADLINES["train"], cwd=folder
-            )
-            made = sorted(path.name for path in set(folder.iterdir()) - known if path.is_file())
-            self.extra = made
-            for line in said.strip().splitlines()[-3:]:
+            self.begin_training()
+            self.stage.finish(self.training, "the original is trained", DEADLINES["train"])
+            made = set(self.task_file.parent.iterdir()) - self.known
+            self.extra = sorted(path.name for path in made if path.is_file())
+            for line in self.training.tail(3).splitlines():
                 self.narrator.note(line)
             self.load_task()
 
@@ -157,10 +161,6 @@ class Story:
             self.narrator.note(
                 "sampling is ON for this endpoint: labelled inputs may leave the devices", "yellow"
             )
-            plain = self.stage.wait(
-                "the plain variants are released", self.newest_release, DEADLINES["plain"], explain=self.where
-            )
-            self.rollout = self.start_rollout("the plain variants roll out", plain, "100%")
             self.stage.wait(
                 "every class serves a proved plain variant",
                 self.all_serve,
@@ -181,12 +181,17 @@ class Story:
             self.output,
             Feed(self.field_data.inputs, self.field_data.targets),
         )
+        self.stage.wait("the first rollout ends well", self.promoted, DEADLINES["rollout"])
+
+    def promoted(self) -> bool | None:
+        found = self.client.rollouts()
+        return True if found and all(rollout.state == "promoted" for rollout in found) else None
 
     def optimization(self) -> None:
         with self.narrator.chapter("Search for better variants, class by class, with trials on the devices"):
-            began = time.monotonic()
-            if self.applications is not None:
-                self.applications.pause(True)
+            assert self.applications is not None
+            self.applications.pause(True)
+            began = time.monotonic() + 2 * cast.TELEMETRY_S  # the last window with traffic is sent
             started = self.stage.shoal(
                 "the search is queued",
                 *("optimization", "start", self.name, "--endpoint", self.name),
@@ -194,25 +199,31 @@ class Story:
             ).strip()
             self.narrator.note(f"{started}  {self.client.url}/optimizations/{started}")
             ended = self.follow(started, "the search finds variants", DEADLINES["optimize"])
-            assert self.relay is not None
             self.measure_idle(began)
-            if self.applications is not None:
-                self.applications.pause(False)
+            self.applications.pause(False)
             self.release = ended.release
-            self.show_front(1)
+            self.show_front(ended)
 
     def measure_idle(self, began: float) -> None:
-        """The quietest 20 s of one agent's connection while the search ran."""
+        """Bytes of one agent's connection while it only waited, heartbeats included: before the search's
+        first trial, or, when that came too soon, after the search."""
         assert self.relay is not None
-        now = time.monotonic()
-        if now - began < IDLE_S + 1:
-            time.sleep(IDLE_S + 1 - (now - began))
-        idle = self.relay.quietest(began, time.monotonic(), IDLE_S)
+        idle = self.relay.quietest(began, self.first_trial(), IDLE_S)
+        if idle is None:
+            began = time.monotonic()
+            time.sleep(IDLE_S + 0.1)
+            idle = self.relay.quietest(began, time.monotonic(), IDLE_S)
         assert idle is not None
         self.figures["idle_bytes_per_s"] = figures.figure(idle, "B/s")
         self.narrator.note(
             f"idle       {idle:.0f} B/s on the wire of {self.agents[0].name}, both ways, TLS and all"
         )
+
+    def first_trial(self) -> float:
+        """When the first trial was asked for, on this process's monotonic clock; now without any."""
+        asked = [event.time_ms for event in self.client.events(kind="trial")]
+        now = time.monotonic()
+        return now - (time.time() - min(asked) / 1000) if asked else now
 
     def first_rollout(self) -> None:
         with self.narrator.chapter("Roll the chosen variants out, one device first"):
@@ -341,15 +352,11 @@ class Story:
         return found
 
     def all_serve(self) -> bool | None:
-        serving = [p for _, p in self.placements() if p.serving]
-        return True if len(serving) == len(self.agents) else None
-
-    def newest_release(self) -> str | None:
         version = self.client.version(self.name, 1)
         if version.state == "failed":
             raise BrokenPromise("the push is imported", version.error)
-        found = self.client.releases(self.name)
-        return max(found, key=lambda release: release.number).id if found else None
+        serving = [p for _, p in self.placements() if p.serving]
+        return True if len(serving) == len(self.agents) else None
 
     def where(self) -> str:
         return "; ".join(f"{d.name}: {p.step} {p.reason} {p.detail}".strip() for d, p in self.placements())
@@ -371,14 +378,17 @@ class Story:
             raise BrokenPromise(promise, f"{ended.id} {ended.state}: {ended.error}")
         return ended
 
-    def show_front(self, version: int) -> None:
-        """The chosen variant of each class beside the alternatives on its front."""
-        for profile_class in sorted({agent.profile_class for agent in self.agents}):
+    def show_front(self, ended: schemas.Optimization) -> None:
+        """The chosen variant of each class beside the alternatives, fp32 included."""
+        for profile_class, choice in sorted(ended.result.get("choice", {}).items()):
             self.narrator.note(profile_class, "bold")
-            for variant in self.client.variants(self.name, version, profile_class):
+            for variant in self.client.variants(self.name, ended.version, profile_class):
+                chosen = variant.bundle == choice.get("bundle")
                 for found in variant.classes:
-                    if found.profile_class == profile_class and (found.on_front or found.chosen):
-                        self.narrator.note(f"  {'→' if found.chosen else ' '} {describe(variant, found)}")
+                    known = found.latency_p95_ms is not None and found.profile_class == profile_class
+                    if known and (chosen or found.on_front or variant.precision == "fp32"):
+                        self.narrator.note(f"  {'→' if chosen else ' '} {describe(variant, found)}")
+            self.narrator.note(f"  {choice.get('sentence', '')}", "dim")
 
     def start_rollout(self, promise: str, release: str, waves: str) -> str:
         """`shoal rollout create`; returns its id."""
@@ -434,12 +444,6 @@ def describe(variant: schemas.Variant, found: schemas.VariantFigures) -> str:
     latency = found.latency_p95_ms
     speed = f"p95 {latency.value:.3f} ms" if latency and latency.value else "latency unmeasured"
     return f"{variant.name:<34} {accuracy:>8}  {speed}  {variant.wire_bytes / 1000:6.1f} kB"
-
-
-def declared(task: Path) -> list[str]:
-    from shoal_controller.cli.packing import travelling
-
-    return travelling(task)
 
 
 def copy_into(source: Path, target: Path) -> None:

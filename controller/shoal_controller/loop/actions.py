@@ -215,7 +215,8 @@ def _adapt(
 
 
 def field_since(session: Session, endpoint: Endpoint, clock: Clock) -> int:
-    """Since when the field has been as it is now: the earliest of the endpoint's open drift findings."""
+    """Since when the field has been as it is now: the earliest of the endpoint's open drift findings.
+    A finding that does not say counts only when none does: its guess would mix in the time before."""
     rows = session.scalars(
         select(Finding).where(
             Finding.endpoint == endpoint.id,
@@ -223,7 +224,9 @@ def field_since(session: Session, endpoint: Endpoint, clock: Clock) -> int:
             Finding.state.in_(("open", "acting")),
         )
     )
-    known = [int(row.evidence.get("since_ms") or row.opened_ms - DEFAULT_FIELD_MS) for row in rows]
+    found = list(rows)
+    known = [int(row.evidence["since_ms"]) for row in found if row.evidence.get("since_ms")]
+    known = known or [row.opened_ms - DEFAULT_FIELD_MS for row in found]
     return min(known, default=clock() - DEFAULT_FIELD_MS) - FIELD_MARGIN_MS
 
 
