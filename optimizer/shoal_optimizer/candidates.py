@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from shoal_optimizer.search import space
 from shoal_optimizer.search.space import Export, Params
 from shoal_optimizer.targets.base import Calibration, Exported, find, load_exported
 from shoal_optimizer.task import Task, TaskData, load_module, save_module
-from shoal_protos.bundle import digest_of_file
+from shoal_protos.bundle import digest_of_file, open_bundle
 from shoal_protos.errors import ShoalError, Unsupported
 
 if TYPE_CHECKING:
@@ -286,6 +287,7 @@ class Workshop:
             weights_digest=self.weights_digest,
         )
         partial = self.folder / "work" / f"pack-{name}"
+        shutil.rmtree(partial, ignore_errors=True)  # from before a crash
         packed = packing.pack(
             exported,
             self.task,
@@ -295,18 +297,20 @@ class Workshop:
             name=f"{self.label} {name}",
             field=self.ground.reference,
         )
-        # One layout a bundle; equal names of different instruction sets get their digest's start.
-        layout = self.folder / "out" / "bundles" / name
-        if layout.exists():
-            layout = layout.with_name(f"{name}-{packed.digest[7:15]}")
-        if layout.exists():  # from before a crash, the same content
-            import shutil
+        return replace(packed, layout=self._settle_layout(partial, name, packed.digest))
 
-            shutil.rmtree(partial)
-        else:
-            layout.parent.mkdir(parents=True, exist_ok=True)
-            partial.replace(layout)
-        return replace(packed, layout=layout)
+    def _settle_layout(self, partial: Path, name: str, digest: str) -> Path:
+        """Moves a bundle to `out/bundles/NAME`; a name that another bundle has gets the digest's start."""
+        folder = self.folder / "out" / "bundles"
+        folder.mkdir(parents=True, exist_ok=True)
+        for layout in (folder / name, folder / f"{name}-{digest[7:15]}"):
+            if not layout.exists():
+                partial.replace(layout)
+                return layout
+            if open_bundle(layout, verify=False).digest == digest:
+                break
+        shutil.rmtree(partial)
+        return layout
 
     def judge_whole(self, candidate: Candidate) -> Candidate:
         """The candidate judged on the whole evaluation data, if it was judged on a part before."""
@@ -314,7 +318,6 @@ class Workshop:
         if candidate.accuracy is None or candidate.items >= len(data):
             return candidate
         from shoal_agent import runtimes
-        from shoal_protos.bundle import open_bundle
 
         bundle = open_bundle(Path(candidate.layout), candidate.bundle, verify=False)
         with runtimes.find(candidate.target).load(bundle) as instance:

@@ -140,15 +140,15 @@ def _conclude(
     state, voice = workshop.state, workshop.voice
     kept = chosen.settle(candidates)
     careful = chosen.fleet is None
-    unique = {c.key: c for members in kept.values() for c in members}
-    chosen.emit(unique.values(), careful=careful)
+    named = chosen.known_by_devices(kept)
+    chosen.emit(named, careful=careful)
     pending = chosen.ask(kept)
     if pending:
         state.save()
         voice.say("waiting", trials=pending)
         return
     if chosen.fleet is not None:
-        chosen.emit(unique.values())  # now with what devices answered
+        chosen.emit(named)  # now with what devices answered
     _finish(workshop, chosen, kept, candidates, careful=careful, adaptation=adaptation)
 
 

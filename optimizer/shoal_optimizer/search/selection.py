@@ -136,7 +136,7 @@ class Selection:
             return []
         pending: list[str] = []
         for profile_class in self.spec.classes:
-            incumbent = self.incumbent(profile_class, kept[profile_class.name])
+            incumbent = self.incumbent(profile_class)
             for candidate in kept[profile_class.name][: self.trials]:
                 rival = incumbent if incumbent and incumbent.digest != candidate.bundle else None
                 answer = self.fleet.measure(candidate.ref, profile_class, incumbent=rival)
@@ -170,14 +170,28 @@ class Selection:
                 self._accuracies[profile_class.name, candidate.name] = found
         return []
 
-    def incumbent(self, profile_class: ProfileClass, kept: Sequence[Candidate]) -> BundleRef | None:
+    def incumbent(self, profile_class: ProfileClass) -> BundleRef | None:
         """What a candidate is timed against: the serving bundle, else the plain one of this version."""
         serving = self.spec.incumbents.get(profile_class.name)
         if serving is not None:
             return BundleRef(serving.bundle, serving.layout or Path())
+        plain = self.plain(profile_class)
+        return plain.ref if plain is not None else None
+
+    def plain(self, profile_class: ProfileClass) -> Candidate | None:
+        """This job's plain export for a class, the first of its runtimes."""
         everything = map(Candidate.from_json, self.workshop.state.candidates.values())
-        plain = [c for c in self.members(profile_class, everything) if c.plain]
-        return plain[0].ref if plain else None
+        return next((c for c in self.members(profile_class, everything) if c.plain), None)
+
+    def known_by_devices(self, kept: Mapping[str, Sequence[Candidate]]) -> list[Candidate]:
+        """Every candidate that a trial names: what is kept, and what it is timed against."""
+        found = {c.key: c for members in kept.values() for c in members}
+        if self.fleet is not None:
+            for profile_class in self.spec.classes:
+                rival = self.plain(profile_class)
+                if rival is not None and profile_class.name not in self.spec.incumbents:
+                    found.setdefault(rival.key, rival)
+        return list(found.values())
 
     # ------------------------------------------------------------------ the result
 

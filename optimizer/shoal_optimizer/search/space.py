@@ -20,7 +20,7 @@ RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75)
 KNOWN_GOOD = 0.5  # pruned by half, then distilled: no loss in ten measured cases
 NEXT_BEST = 0.625  # half as many multiply-adds again, half a point lost on the larger nets measured
 EPOCHS = (6, 10, 16)
-MIN_CHANNELS = 16  # a layer pruned below it costs more in overhead than it saves
+MIN_CHANNELS = 8  # what widths are rounded to: below it nothing is saved
 ROUND_TO = 8
 
 Params = Mapping[str, Any]  # of one network: "ratio", "teacher", "epochs"
@@ -94,19 +94,21 @@ def exports_for(
 ) -> tuple[Export, ...]:
     """Every (target, precision, instruction set) that some class can run, each once.
 
-    Classes that share instruction set and runtime share the export: one bundle serves them all.
+    Classes that share them share the export: one bundle serves them all. A float file is the same
+    for every instruction set; int8 types depend on it.
     """
     from shoal_optimizer.targets.base import available, find
 
-    grouped: dict[tuple[str, tuple[str, ...]], list[ProfileClass]] = {}
+    grouped: dict[tuple[str, str, tuple[str, ...]], list[ProfileClass]] = {}
     for profile_class in classes:
         for target in available(class_spec(profile_class)):
-            grouped.setdefault((target.name, tuple(sorted(profile_class.isa))), []).append(profile_class)
+            for precision in precisions:
+                isa = () if precision == "fp32" else tuple(sorted(profile_class.isa))
+                if precision in find(target.name).precisions:
+                    grouped.setdefault((target.name, precision, isa), []).append(profile_class)
     return tuple(
         Export(target, precision, isa, tuple(members))
-        for (target, isa), members in grouped.items()
-        for precision in precisions
-        if precision in find(target).precisions
+        for (target, precision, isa), members in grouped.items()
     )
 
 
