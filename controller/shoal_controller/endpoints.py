@@ -291,12 +291,13 @@ def _best(
     blobs: BlobStore,
 ) -> Chosen | None:
     """The best variant of a front by the objective, among those that fit the devices."""
-    places = {variant: place for place, variant in enumerate(front)}
-    found = [p for p in registry.points(session, release.version, profile_class) if p.variant in places]
+    known = registry.points(session, release.version, profile_class)
     if facts is not None:
-        found = [
-            p for p in found if fits(runtime_need(blobs, p.bundle, session.get(Variant, p.variant)), facts)
+        known = [
+            p for p in known if fits(runtime_need(blobs, p.bundle, session.get(Variant, p.variant)), facts)
         ]
+    # A front of bundles that these devices cannot run leaves what they can.
+    found = [p for p in known if p.variant in front] or known
     if not found:
         return None
     choice = objective.choose(objectives.Point(p.variant, p.metrics) for p in found)

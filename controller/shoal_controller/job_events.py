@@ -256,7 +256,8 @@ class Importer:
         optimizations.finish(session, row, self._clock, "done", actor=ACTOR)
 
     def _close_steps(self, row: Optimization) -> None:
-        steps = [dict(step, state="done") for step in row.progress.get("steps") or []]
+        now = self._clock()
+        steps = [{"ended_ms": now, **step, "state": "done"} for step in row.progress.get("steps") or []]
         row.progress = {**row.progress, "steps": steps, "share": 1.0}
 
     def _release(

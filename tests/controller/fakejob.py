@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.controller.world import make_bundle
 
@@ -35,9 +36,9 @@ def figures(local: bool, p95: float, accuracy: float) -> dict[str, object]:
 
 
 def variants(
-    folder: Path, spec: dict, names: dict[str, tuple[float, float]], *, plain: bool
-) -> dict[str, list[dict]]:
-    fronts: dict[str, list[dict]] = {}
+    folder: Path, spec: dict[str, Any], names: dict[str, tuple[float, float]], *, plain: bool
+) -> dict[str, list[dict[str, Any]]]:
+    fronts: dict[str, list[dict[str, Any]]] = {}
     for profile_class in spec["classes"]:
         runtime = next(iter(profile_class["runtimes"]))
         for name, (p95, accuracy) in names.items():
@@ -63,7 +64,7 @@ def variants(
     return fronts
 
 
-def done(folder: Path, fronts: dict[str, list[dict]]) -> None:
+def done(folder: Path, fronts: dict[str, list[dict[str, Any]]]) -> None:
     (folder / "out" / "report.html").write_text("<h1>report</h1>")
     (folder / "out" / "report.json").write_text("{}")
     choice = {

@@ -98,10 +98,12 @@ def signature_json() -> dict[str, Any]:
     return found
 
 
-def source_tar(text: str = "task = 1\n", name: str = "digits.py", **members: bytes) -> bytes:
+def source_tar(
+    text: str = "task = 1\n", name: str = "digits.py", members: dict[str, bytes] | None = None
+) -> bytes:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
-        for key, content in {name: text.encode(), **members}.items():
+        for key, content in {name: text.encode(), **(members or {})}.items():
             info = tarfile.TarInfo(key)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))

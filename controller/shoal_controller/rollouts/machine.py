@@ -181,6 +181,13 @@ def _judge(rollout: RolloutState, observations: Observations, gates: Gates, now_
     moved = []
     for outcome, observation in zip(found.outcomes, seen, strict=True):
         old = devices[outcome.device]
+        if (old.state, old.reason, old.detail, old.switched_ms) == (
+            outcome.state,
+            outcome.reason,
+            outcome.detail,
+            observation.switched_ms,
+        ):
+            continue
         new = replace(
             old,
             state=outcome.state,

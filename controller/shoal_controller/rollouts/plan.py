@@ -63,7 +63,7 @@ def target(step: str, total: int) -> int:
         value = math.nan
     if text.endswith("%") and 0 < value <= 100:
         return min(total, math.ceil(total * value / 100 - 1e-9))
-    if not text.endswith("%") and value >= 1 and value == math.floor(value):
+    if not text.endswith("%") and value >= 1 and value.is_integer():
         return min(total, int(value))
     raise InvalidInput(
         f"'{step}' is not a wave.", "Write a number of devices (1, 20) or a per cent of them (25%, 100%)."
@@ -104,11 +104,9 @@ def plan(devices: Sequence[Candidate], steps: Sequence[str], *, seed: int = 0) -
     if not steps or len(steps) > MAX_WAVES:
         raise InvalidInput(f"A rollout has 1 to {MAX_WAVES} waves, not {len(steps)}.", "Try: 1, 25%, 100%.")
     total = len(devices)
-    targets = [target(step, total) for step in steps]
-    if any(a > b for a, b in itertools.pairwise(targets)):
-        raise InvalidInput(
-            f"The waves {', '.join(steps)} shrink.", "Each wave counts all devices up to then."
-        )
+    _refuse_shrinking(steps)
+    # A number and a per cent may cross in a small fleet: a wave never takes devices back.
+    targets = list(itertools.accumulate((target(step, total) for step in steps), max))
     names = [step.strip() for step in steps]
     if targets[-1] < total:
         targets.append(total)
@@ -117,6 +115,15 @@ def plan(devices: Sequence[Candidate], steps: Sequence[str], *, seed: int = 0) -
         covered = len({candidate.profile_class for candidate in devices})
         targets[1:] = [max(count, min(total, covered)) for count in targets[1:]]
     return tuple(_cut([c.device for c in order(devices, seed)], targets, names))
+
+
+def _refuse_shrinking(steps: Sequence[str]) -> None:
+    for before, after in itertools.pairwise(steps):
+        a, b = (step.strip().endswith("%") for step in (before, after))
+        if a == b and target(before, 1 << 40) > target(after, 1 << 40):
+            raise InvalidInput(
+                f"The waves {', '.join(steps)} shrink.", "Each wave counts all devices up to then."
+            )
 
 
 def _cut(devices: list[str], targets: list[int], names: list[str]) -> Iterable[PlannedWave]:

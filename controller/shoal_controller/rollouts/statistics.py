@@ -128,7 +128,7 @@ def _wilson(p: float, n: float, confidence: float) -> tuple[float, float]:
     z = float(stats.norm.ppf(0.5 + confidence / 2))
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def _design_effect(counts: Sequence[tuple[int, int]]) -> float:

@@ -51,6 +51,11 @@ def run_until(world: World, done: Any, looks: int = 300, each: Any = None) -> in
     raise AssertionError("it did not happen in time")
 
 
+def healthy(world: World, devices: list[str]) -> None:
+    for device in devices:
+        world.traffic(device, ms=1.0, labelled=10, correct=9)
+
+
 def create(world: World, release: str = "", **kwargs: Any) -> str:
     with world.store.write() as session:
         row = service.create(
@@ -99,13 +104,14 @@ def test_healthy_rollout_is_promoted_with_evidence(world: World) -> None:
     endpoint, names, name = serve_first(world)
     for _ in range(5):
         world.look()
-        [world.traffic(d, ms=2.0, labelled=10, correct=9) for d in names]
+        for d in names:
+            world.traffic(d, ms=2.0, labelled=10, correct=9)
     second(world, name)
     rollout = create(world)
     run_until(
         world,
         lambda: state(world, rollout) == "promoted",
-        each=lambda: [world.traffic(d, ms=1.0, labelled=10, correct=9) for d in names],
+        each=lambda: healthy(world, names),
     )
     row = world.row(Rollout, rollout)
     effects = {e["name"]: e for e in row.waves[-1]["verdict"]["effects"]}
@@ -142,7 +148,8 @@ def test_slower_bundle_is_stopped_by_latency(world: World) -> None:
     _, names, name = serve_first(world)
     for _ in range(5):
         world.look()
-        [world.traffic(d, ms=5.0) for d in names]
+        for d in names:
+            world.traffic(d, ms=5.0)
     release = second(world, name)
     rollout = create(world, release)
     new = bundle_of(world, world.row(Rollout, rollout).to_assignment, name)
@@ -187,12 +194,12 @@ def test_killed_controller_resumes(world: World) -> None:
     _endpoint, names, name = serve_first(world)
     second(world, name)
     rollout = create(world)
-    for look in range(200):
+    for _ in range(200):
         world.look()
         world.start_runners()  # nothing but the store survives
         if state(world, rollout) == "promoted":
             break
-    assert state(world, rollout) == "promoted", look
+    assert state(world, rollout) == "promoted"
     assert len({world.serving[d, "digits"] for d in names}) == 1
     with world.store.read() as session:
         verbs = [
