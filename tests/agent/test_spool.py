@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -27,11 +28,9 @@ def result(name: str, size: int = 0) -> telemetry_pb2.TrialResult:
 async def drain(spool: Spool, limit: int = 1000) -> list[agents_pb2.Spooled]:
     """Everything that would be sent now."""
     got: list[agents_pb2.Spooled] = []
-    while len(got) < limit:
-        try:
+    with contextlib.suppress(asyncio.TimeoutError):
+        while len(got) < limit:
             got.append(await asyncio.wait_for(spool.next(), 0.02))
-        except asyncio.TimeoutError:
-            break
     return got
 
 

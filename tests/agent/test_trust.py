@@ -26,7 +26,7 @@ def state(**fields: Any) -> desired_pb2.DesiredState:
     defaults: dict[str, Any] = {
         "schema": 1, "fleet": "f", "device": "d", "epoch": 1, "generation": 5,
         "issued_at_ms": NOW, "not_after_ms": NOW + 1000,
-        "placements": [desired_pb2.Placement(endpoint="e", bundle=BUNDLE, role=1)],
+        "placements": [desired_pb2.Placement(endpoint="e", bundle=BUNDLE, role=desired_pb2.ROLE_PRIMARY)],
     }  # fmt: skip
     return desired_pb2.DesiredState(**{**defaults, **fields})
 

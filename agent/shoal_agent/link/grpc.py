@@ -8,9 +8,8 @@ few bytes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -26,6 +25,7 @@ from shoal_protos.v1 import agents_pb2, agents_pb2_grpc, blobs_pb2, blobs_pb2_gr
 log = logging.getLogger(__name__)
 
 WELCOME_TIMEOUT_S = 10.0
+SILENT_BEATS, SILENT_EXTRA_S = 2.5, 10.0  # unanswered for so long the other side is gone
 BLOB_STALL_S = 60.0  # longest silence inside a transfer
 PUSH_CHUNK = 64 * 1024  # bytes
 MAX_MESSAGE = 16 * 1024 * 1024  # bytes; a desired state with many placements
@@ -173,11 +173,8 @@ class GrpcLink:
         )
 
     async def _greet(self, call: Any, send: Any, events: Events) -> None:
-        try:
-            await asyncio.wait_for(send(agents_pb2.Up(hello=events.hello())), WELCOME_TIMEOUT_S)
-            first = await asyncio.wait_for(call.read(), WELCOME_TIMEOUT_S)
-        except asyncio.TimeoutError as error:
-            raise Unavailable("The controller did not answer the hello in time.") from error
+        await _bounded(send(agents_pb2.Up(hello=events.hello())), WELCOME_TIMEOUT_S, "no answer to the hello")
+        first = await _bounded(call.read(), WELCOME_TIMEOUT_S, "no answer to the hello")
         if first is grpc.aio.EOF:
             await _raise_status(call)
         if first.WhichOneof("message") != "welcome":
@@ -187,11 +184,8 @@ class GrpcLink:
     async def _receive(self, call: Any, address: str, events: Events) -> None:
         while True:
             # A half-open connection looks silent; each heartbeat is answered, so silence ends it.
-            patience = 2.5 * self._heartbeat_s + 10
-            try:
-                message = await asyncio.wait_for(call.read(), patience)
-            except asyncio.TimeoutError as error:
-                raise Unavailable(f"{address}: silent for {patience:.0f} s.") from error
+            patience = SILENT_BEATS * self._heartbeat_s + SILENT_EXTRA_S
+            message = await _bounded(call.read(), patience, f"{address}: silent for {patience:.0f} s")
             if message is grpc.aio.EOF:
                 await _raise_status(call)
             await self._dispatch(message, events)
@@ -254,55 +248,57 @@ class GrpcLink:
 
     # ------------------------------------------------------------------ blobs
 
-    def _blobs(self) -> tuple[Any, grpc.aio.Channel, str]:
+    def _blobs(self) -> tuple[Any, str]:
         if self._channel is None:
             raise Unavailable("Not connected to the controller.", "Waiting for the connection.")
         stub = blobs_pb2_grpc.BlobsStub(self._channel)  # type: ignore[no-untyped-call]
-        return stub, self._channel, self._address
-
-    def _closed_under(self, channel: grpc.aio.Channel) -> bool:
-        """After a CancelledError: whether the channel closed under a call, rather than somebody
-        cancelling this very task. (gRPC raises the same exception for both.)"""
-        cancelling = getattr(asyncio.current_task(), "cancelling", None)
-        if cancelling is not None:
-            return not cancelling()
-        return self._channel is not channel  # Python 3.10 cannot tell
+        return stub, self._address
 
     async def fetch(self, digest: str, offset: int = 0, length: int = 0) -> AsyncIterator[Part]:
-        stub, channel, address = self._blobs()
+        stub, address = self._blobs()
         call = stub.Fetch(blobs_pb2.FetchRequest(digest=digest, offset=offset, length=length))
         try:
             while True:
-                chunk = await asyncio.wait_for(call.read(), BLOB_STALL_S)
+                chunk = await _bounded(call.read(), BLOB_STALL_S, f"{address}: the transfer stalled")
                 if chunk is grpc.aio.EOF:
                     await _raise_unless_ok(call)
                     return
                 yield Part(chunk.offset, chunk.data, chunk.total)
-        except asyncio.TimeoutError as error:
-            raise Unavailable(f"{address}: the transfer stalled.") from error
         except grpc.aio.AioRpcError as error:
             raise to_domain(error, address) from error
-        except asyncio.CancelledError:
-            if self._closed_under(channel):
-                raise Unavailable(f"{address}: the connection was closed.") from None
-            raise
         finally:
             call.cancel()
 
     async def push(self, content: Content, purpose: str) -> None:
-        stub, channel, address = self._blobs()
+        stub, address = self._blobs()
         try:
-            state = await stub.Stat(blobs_pb2.StatRequest(digest=content.digest), timeout=BLOB_STALL_S)
+            request = blobs_pb2.StatRequest(digest=content.digest)
+            state = await _bounded(stub.Stat(request), BLOB_STALL_S, f"{address}: no answer in time")
             if not state.complete:
-                state = await stub.Push(_parts(content, purpose, state.received))
+                state = await _bounded(stub.Push(_parts(content, purpose, state.received)), None, address)
         except grpc.aio.AioRpcError as error:
             raise to_domain(error, address) from error
-        except asyncio.CancelledError:
-            if self._closed_under(channel):
-                raise Unavailable(f"{address}: the connection was closed.") from None
-            raise
         if not state.complete:
             raise TamperedData(f"The controller holds {state.received} of {content.size} bytes after a push.")
+
+
+async def _bounded(work: Awaitable[Any], timeout_s: float | None, problem: str) -> Any:
+    """Awaits in a task of its own. gRPC raises CancelledError also when the other side, or a channel
+    that closes, ends a call: to the caller that must not look as if it were itself being cancelled.
+
+    Raises:
+        Unavailable: not done in time, or ended from outside.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=timeout_s)
+        if task.cancelled():
+            raise Unavailable("The connection was closed.")
+        if not task.done():
+            raise Unavailable(f"{problem}.")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _parts(content: Content, purpose: str, offset: int) -> AsyncIterator[blobs_pb2.PushRequest]:
@@ -331,14 +327,15 @@ async def _raise_status(call: Any) -> None:
 
 
 async def _first_failure(*parts: Coroutine[Any, Any, None]) -> None:
-    """Runs endless coroutines together until one raises; the others are cancelled, then it is raised."""
+    """Runs endless coroutines together until one ends; the others are cancelled, then its error is raised."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
+            if task.cancelled():
+                raise Unavailable("The connection was closed.")
             task.result()
     finally:
         for task in tasks:
             task.cancel()
-        with contextlib.suppress(BaseException):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -86,7 +86,10 @@ class Rig:
             schema=1, fleet="f", device="d", epoch=1, generation=self.generation,
             issued_at_ms=self.clock.wall, not_after_ms=self.clock.wall + 10**9,
             placements=[
-                desired_pb2.Placement(endpoint=endpoint, bundle=bundle, role=1, attempt=attempt, settings=settings)
+                desired_pb2.Placement(
+                    endpoint=endpoint, bundle=bundle, role=desired_pb2.ROLE_PRIMARY,
+                    attempt=attempt, settings=settings,
+                )
                 for bundle in bundles
             ],
         )  # fmt: skip
@@ -101,16 +104,18 @@ class Rig:
     async def finished(self) -> agents_pb2.PlacementStatus:
         for _ in range(5000):
             statuses = self.updates.statuses()
-            if statuses and all(item.step in DONE for item in statuses):
-                if not self.server.up or all(item.serving or not self._base() for item in statuses):
-                    break
+            done = statuses and all(item.step in DONE for item in statuses)
+            if done and (not self.server.up or self._all_serve()):
+                break
             await asyncio.sleep(0.001)
         if self.bugs:
             raise self.bugs[0]
         return self.status()
 
-    def _base(self) -> bool:
-        return any(state.base for state in self.updates._states.values())
+    def _all_serve(self) -> bool:
+        """Whether everything that has something to go back to answers."""
+        has_base = any(state.base for state in self.updates._states.values())
+        return not has_base or all(item.serving for item in self.updates.statuses())
 
     def make(self, name: str) -> str:
         digest = make_bundle(self.root.parent / f"made-{name}", name.encode() * 900, name)
@@ -470,7 +475,7 @@ async def record(folder: Path) -> tuple[RecordingFs, MemorySource, list[str], in
 
 @pytest.mark.parametrize("model", ["journal", "any"])
 async def test_power_cut_at_any_point_keeps_what_was_acknowledged(tmp_path: Path, model: str) -> None:
-    fs, source, bundles, generation = await record(tmp_path / "recorded")
+    fs, _, bundles, generation = await record(tmp_path / "recorded")
     chance = random.Random(7)
     points = range(1, len(fs.log) + 1, 1 if len(fs.log) < 150 else 2)
     for point in points:
@@ -480,7 +485,7 @@ async def test_power_cut_at_any_point_keeps_what_was_acknowledged(tmp_path: Path
         offline.offline = True
         rig = Rig(device, offline, generation=generation)
         rig.start()
-        await until(lambda rig=rig: all(item.serving or not rig._base() for item in rig.updates.statuses()))
+        await until(rig._all_serve)
         serving = rig.server.loaded.get(("e", 1))
         if acks:
             assert serving is not None, f"nothing serves after {acks[-1][:19]} was acknowledged"

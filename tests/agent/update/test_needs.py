@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ PROFILE = profile_pb2.Profile(
         ({"isa": ("avx2", "avx512_vnni")}, "avx512_vnni"),
     ],
 )
-def test_needs(tmp_path: Path, change: dict[str, object], missing: str) -> None:
+def test_needs(tmp_path: Path, change: dict[str, Any], missing: str) -> None:
     config = open_bundle(tmp_path, make_bundle(tmp_path)).config
     config = replace(config, runtime=replace(config.runtime, **change))
     if not missing:
