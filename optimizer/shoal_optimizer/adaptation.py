@@ -8,6 +8,8 @@ only if it beats what serves now on held-out data. Distilling the variants from 
 from __future__ import annotations
 
 import copy
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ CHANGED_SHARE = 0.75  # of each training batch that is moved to the field; the r
 PLAN = TrainingPlan(epochs=8, learning_rate=2e-3, batch=64, alpha=0.0)
 LABEL_SHARE = 0.15  # of the training data that labels are repeated up to
 HELD_OUT_FROM = 40  # labels from which half are held out as evidence
+MAX_SAMPLE_BYTES = 1 << 30  # of one sample file, unpacked
 MIN_EVIDENCE = 20  # held-out labels below it decide nothing
 
 
@@ -99,11 +102,10 @@ def read_samples(paths: Sequence[Path], task: Task) -> Labelled:
     inputs: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                x, y = stored[spec.name], stored["label"]
-        except (OSError, ValueError, KeyError):
+        arrays = _sample_arrays(path, spec.name)
+        if arrays is None:
             continue
+        x, y = arrays
         if x.dtype != wanted.dtype or x.shape[1:] != wanted.shape[1:] or y.shape != (len(x),):
             continue
         has = (y >= 0) & (y < max(len(task.labels), 1) if task.labels else y >= 0)
@@ -117,6 +119,20 @@ def read_samples(paths: Sequence[Path], task: Task) -> Labelled:
         return Labelled(data, None)
     order = np.random.default_rng(task.seed).permutation(count)
     return Labelled(data.take(np.sort(order[count // 2 :])), data.take(np.sort(order[: count // 2])))
+
+
+def _sample_arrays(path: Path, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Inputs and labels of one sample file; None if it is damaged, foreign or would not fit."""
+    try:
+        with path.open("rb") as stream:
+            with zipfile.ZipFile(stream) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > MAX_SAMPLE_BYTES:
+                    return None
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as stored:
+                return stored[name], stored["label"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def with_labels(training: TaskData, labelled: Labelled) -> TaskData:
@@ -172,6 +188,15 @@ def moved(data: TaskData, matched: Matched, signature: Signature, seed: int) -> 
     return TaskData(result, data.targets)
 
 
+def mixed(data: TaskData, matched: Matched, signature: Signature, seed: int) -> TaskData:
+    """The data with most items moved to the field and some left clean: int8 ranges chosen from the
+    field alone would clip clean inputs, and the world may change back."""
+    changed = moved(data, matched, signature, seed)
+    clean = np.random.default_rng(seed).random(len(data)) >= CHANGED_SHARE
+    mask = clean.reshape(-1, *[1] * (data.inputs.ndim - 1))
+    return TaskData(np.where(mask, data.inputs, changed.inputs), data.targets)
+
+
 # ---------------------------------------------------------------------------- adapting
 
 
@@ -218,7 +243,7 @@ class Adaptation:
     matched: Matched
     training: TaskData  # clean, plus labels
     augment: Callable[[Tensor], Tensor]
-    calibration: TaskData  # moved to the field
+    calibration: TaskData  # three quarters moved to the field
     field: TaskData  # evaluation data moved to the field: held out
     evidence: Evidence
     verdict: Verdict
@@ -244,7 +269,7 @@ def ground(
     """(training data, augmentation, calibration data, held-out field data) of a matched field."""
     training = require_training(task)
     augment = MatchedAugment(matched, task.signature, training.inputs, task.augment)
-    calibration = moved(training.sample(400, task.seed), matched, task.signature, task.seed + 1)
+    calibration = mixed(training.sample(400, task.seed), matched, task.signature, task.seed + 1)
     field = moved(task.required("evaluation"), matched, task.signature, task.seed + 2)
     return with_labels(training, labelled), augment, calibration, field
 

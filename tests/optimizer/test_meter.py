@@ -11,12 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from shoal_optimizer import meter
 from shoal_optimizer.jobspec import ProfileClass
 from shoal_optimizer.meter import BundleRef, LocalMeter, Measurement, Meter, Pending, TrialMeter
 from shoal_protos.bundle import BundleConfig, RuntimeNeed, Signature, TensorSpec, write_bundle
 from shoal_protos.errors import InvalidInput
-from shoal_protos.v1.telemetry_pb2 import TrialResult
+from shoal_protos.v1.telemetry_pb2 import Series, TrialResult
 
 HERE = ProfileClass("here+onnxruntime", ("avx2",), {"onnxruntime": "1"}, local=True)
 ALSO_HERE = ProfileClass("here+onnxruntime+openvino", ("avx2",), {"onnxruntime": "1"}, local=True)
@@ -46,7 +45,7 @@ def bundle(tmp_path: Path) -> BundleRef:
 def answer() -> bytes:
     result = TrialResult(trial="x", ok=True, context={"governor": "performance"})
     result.timing.candidate.CopyFrom(
-        meter.telemetry_pb2.Series(
+        Series(
             rounds=20, runs=400, p50_ms=1.0, p50_low_ms=0.9, p50_high_ms=1.1,
             p95_ms=2.0, p95_low_ms=1.8, p95_high_ms=2.2, rss_bytes=5_000_000,
         )
