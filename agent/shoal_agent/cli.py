@@ -27,6 +27,7 @@ _PROCESSES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its notes about lost connections are ours to say
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in _PROCESSES:

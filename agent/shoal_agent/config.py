@@ -85,6 +85,7 @@ class Paths:
             self.desired.parent,
             self.state,
             self.store,
+            self.spool,
             self.samples,
             self.runtime,
             self.logs,

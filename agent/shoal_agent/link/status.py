@@ -30,9 +30,13 @@ def to_domain(error: grpc.aio.AioRpcError, address: str) -> errors.ShoalError:
     return errors.Unavailable(f"{address}: {_reason(error.code(), details)}.")
 
 
+# How the TLS library says that the server's certificate is not under our CA, or not for our name.
+_NOT_OURS = ("certificate_verify_failed", "bad_signature", "hostname verification", "peer name", "unknown ca")
+
+
 def _reason(code: grpc.StatusCode, details: str) -> str:
     text = details.lower()
-    if "certificate_verify_failed" in text or "hostname verification" in text or "peer name" in text:
+    if any(sign in text for sign in _NOT_OURS):
         return "its certificate is not this fleet's (another controller answers there)"
     if "connection refused" in text:
         return "connection refused (is the controller running?)"
