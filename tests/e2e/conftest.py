@@ -173,25 +173,36 @@ def items(n: int = 60) -> tuple[Any, Any]:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Three agents that serve v1 of a tiny model under steady traffic."""
     with Stage(tmp_path_factory.mktemp("fleet"), keep=False) as stage:
-        client = cast.start_controller(stage)
-        path = stage.root / "token"
-        stage.shoal("a token", "token", "create", "--join", "--uses", "9", "--ttl", "1h", "--out", str(path))
-        found = Fleet(stage, client, path)
-        for name, runtimes in cast.AGENTS.items():
-            found.join(name, runtimes)
-        release = found.push()
-        stage.shoal(
-            "the endpoint is created", "endpoint", "create", NAME, "--model", NAME, "--settle", "2s", "--yes"
-        )
-        inputs, labels = items()
-        first = found.roll_out(release, "100%")
-        found.wait_version(1)
-        found.applications = Applications(
-            [agent.address for agent in found.agents.values()], NAME, TENSOR, "logits", Feed(inputs, labels)
-        )
+        found = Fleet(stage, cast.start_controller(stage), stage.root / "token")
         try:
-            found.wait_rollout(first)
+            stage.shoal(
+                "a token",
+                "token",
+                "create",
+                "--join",
+                "--uses",
+                "9",
+                "--ttl",
+                "1h",
+                "--out",
+                str(found.token),
+            )
+            for name, runtimes in cast.AGENTS.items():
+                found.join(name, runtimes)
+            found.push()
+            stage.shoal("an endpoint", "endpoint", "create", NAME, "--model", NAME, "--settle", "2s", "--yes")
+            found.wait_version(1)  # the first rollout starts by itself
+            inputs, labels = items()
+            found.applications = Applications(
+                [agent.address for agent in found.agents.values()],
+                NAME,
+                TENSOR,
+                "logits",
+                Feed(inputs, labels),
+            )
+            found.wait_rollout("r-0001")
             yield found
         finally:
-            found.applications.close()
-            client.close()
+            if found.applications is not None:
+                found.applications.close()
+            found.client.close()

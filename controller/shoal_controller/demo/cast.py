@@ -42,6 +42,8 @@ def start_controller(
 ) -> Client:
     """`shoal up` on free ports; returns a client once it answers."""
     given = ports or {}
+    log = stage.root / "logs" / "controller.log"
+    already = len(log.read_text()) if log.exists() else 0
     process = stage.start(
         "controller",
         [
@@ -54,11 +56,10 @@ def start_controller(
     )
 
     def answering() -> Client | None:
-        with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-            lines = [line for line in process.log.read_text().splitlines() if line.startswith("{")]
-            client = Client(json.loads(lines[-1])["url"])
-            client.status()
-            return client
+        with contextlib.suppress(OSError, ValueError, StopIteration, KeyError):
+            # Printed when the doors are open. The log may hold the line of a controller before.
+            lines = process.log.read_text()[already:].splitlines()
+            return Client(json.loads(next(line for line in lines if line.startswith("{")))["url"])
         return None
 
     return stage.wait("the controller starts", answering, UP_S, explain=process.tail)
