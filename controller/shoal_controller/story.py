@@ -163,7 +163,7 @@ def _optimization_figures(session: Session, row: Optimization) -> dict[str, floa
 
 def _rollouts(session: Session, endpoint: Endpoint | None) -> Iterable[Item]:
     for row in _rollout_rows(session, endpoint):
-        old, new = (service.label_of(session, a) for a in (row.from_assignment, row.to_assignment))
+        old, new = service.labels_of(session, row)
         verb = {
             "promoted": "was promoted",
             "rolled_back": "went back",

@@ -120,11 +120,12 @@ def rollout_view(session: Session, row: Rollout, *, devices: bool = True) -> sch
             select(RolloutDevice.device, RolloutDevice.state).where(RolloutDevice.rollout == row.id)
         )
     }
+    old, new = service.labels_of(session, row)
     return schemas.Rollout(
         id=row.id,
         endpoint=endpoint.name,
-        from_label=service.label_of(session, row.from_assignment),
-        to_label=service.label_of(session, row.to_assignment),
+        from_label=old,
+        to_label=new,
         state=row.state,
         sentence=str(row.verdict.get("sentence", "")),
         waves=[_wave(wave, states) for wave in row.waves],

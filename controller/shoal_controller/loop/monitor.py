@@ -112,18 +112,23 @@ def reconcile(signals: Iterable[Signal], findings: Sequence[OpenFinding]) -> Cha
     A finding that somebody acts on is not closed here: it ends with its action.
     """
     known = {(f.subject, f.kind): f for f in findings}
-    opened: dict[tuple[str, str], Signal] = {}
-    closed, refreshed = [], []
-    for signal in signals:
+    newest: dict[tuple[str, str], Signal] = {}
+    for signal in signals:  # of two about one subject, the alarm counts
         key = (signal.subject, signal.kind)
+        if key not in newest or signal.over:
+            newest[key] = signal
+    opened, closed, refreshed = [], [], []
+    for key, signal in newest.items():
         finding = known.get(key)
-        if signal.over and finding is None:
-            opened.setdefault(key, signal)
-        elif signal.over and finding is not None and finding.state == "open":
-            refreshed.append((finding.id, signal))
-        elif not signal.over and finding is not None and finding.state == "open":
-            closed.append((finding.id, signal.sentence))
-    return Changes(tuple(opened.values()), tuple(closed), tuple(refreshed))
+        if finding is None:
+            if signal.over:
+                opened.append(signal)
+        elif finding.state == "open":
+            if signal.over:
+                refreshed.append((finding.id, signal))
+            else:
+                closed.append((finding.id, signal.sentence))
+    return Changes(tuple(opened), tuple(closed), tuple(refreshed))
 
 
 # ------------------------------------------------------------------ checks

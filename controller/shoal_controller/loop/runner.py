@@ -25,6 +25,18 @@ REFRESH_MS = 10_000  # an open finding's sentence follows the figures no faster
 ACTIVE = ("open", "acting")
 
 
+def _outdated(row: Finding, subjects: set[str], bundles: set[tuple[str, str]]) -> str | None:
+    """Why an open finding says nothing any more: a question about a bundle ends with the bundle."""
+    if row.state != "open" or not row.subject.startswith("endpoint:"):
+        return None
+    if row.subject not in subjects:
+        return "Nothing serves there any more."
+    bundle = row.evidence.get("bundle")
+    if bundle and (row.subject, bundle) not in bundles:
+        return "Another bundle serves there now; it is judged anew."
+    return None
+
+
 class LoopRunner:
     """Findings and policies, in the controller's process."""
 
@@ -76,6 +88,7 @@ class LoopRunner:
         now = self._services.clock()
         signals: list[Signal] = []
         subjects: set[str] = set()
+        bundles: set[tuple[str, str]] = set()
         for endpoint in session.scalars(select(Endpoint)):
             found = facts.load_endpoint(session, self._services.blobs, endpoint)
             if found is None:
@@ -84,6 +97,7 @@ class LoopRunner:
             since = now - int(settings.recent_s * 1000)
             for served in facts.served(session, found, self._references, since):
                 subjects.add(served.subject)
+                bundles.add((served.subject, served.bundle))
                 signals += monitor.evaluate(served, settings, now)
             coverage = [monitor.coverage_signal(c) for c in facts.coverage(session, found)]
             subjects |= {signal.subject for signal in coverage}
@@ -95,11 +109,11 @@ class LoopRunner:
             signals, [OpenFinding(f.id, f.kind, f.subject, f.state) for f in open_rows]
         )
         gone = tuple(
-            (row.id, "Nothing serves there any more.")
-            for row in open_rows
-            if row.state == "open" and row.subject.startswith("endpoint:") and row.subject not in subjects
+            (row.id, why) for row in open_rows if (why := _outdated(row, subjects, bundles)) is not None
         )
-        return Changes(changes.opened, (*changes.closed, *gone), self._due(changes, now))
+        left = {key for key, _ in gone}
+        closed = tuple(change for change in changes.closed if change[0] not in left)
+        return Changes(changes.opened, (*closed, *gone), self._due(changes, now))
 
     def _due(self, changes: Changes, now: int) -> tuple[tuple[str, Signal], ...]:
         due = tuple(

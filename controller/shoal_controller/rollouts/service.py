@@ -16,7 +16,7 @@ from shoal_controller.rollouts import machine, observe, plan, records
 from shoal_controller.rollouts.gates import Gates
 from shoal_controller.rollouts.plan import Candidate
 from shoal_controller.store.repositories import find, new_id, record
-from shoal_controller.store.tables import Assignment, Device, Endpoint, Release, Rollout, Version
+from shoal_controller.store.tables import Assignment, Device, Endpoint, Release, Rollout, Variant, Version
 from shoal_optimizer import objective as objectives
 from shoal_protos.errors import Conflict, InvalidInput
 
@@ -312,6 +312,27 @@ def label_of(session: Session, assignment: str) -> str:
     release = session.get(Release, row.release) if row is not None else None
     version = session.get(Version, release.version) if release is not None else None
     return f"v{version.number}" if version is not None else "nothing"
+
+
+def labels_of(session: Session, rollout: Rollout) -> tuple[str, str]:
+    """What a rollout goes from and to; within one version, the variants that differ."""
+    old, new = (label_of(session, a) for a in (rollout.from_assignment, rollout.to_assignment))
+    if old != new:
+        return old, new
+    before, after = (session.get(Assignment, a) for a in (rollout.from_assignment, rollout.to_assignment))
+    if before is None or after is None:
+        return old, new
+    changed = [name for name, key in sorted(after.choice.items()) if before.choice.get(name) != key]
+    return (
+        f"{old} {_names(session, [before.choice.get(name, '') for name in changed])}".strip(),
+        f"{new} {_names(session, [after.choice[name] for name in changed])}".strip(),
+    )
+
+
+def _names(session: Session, variants: Sequence[str]) -> str:
+    rows = [session.get(Variant, key) for key in dict.fromkeys(variants) if key]
+    names = list(dict.fromkeys(row.name for row in rows if row is not None))
+    return ", ".join(names[:2]) + ("…" if len(names) > 2 else "")
 
 
 class DryRun(Exception):

@@ -341,3 +341,61 @@ def test_budget_and_repeats() -> None:
         == "o-1"
     )
     assert decide(finding, Situation(automatic=False), settings, now).act == "ask"
+
+
+def test_two_classes_share_one_adaptation_and_one_rollout(world: World) -> None:
+    one = [world.add_device(f"a{i}") for i in range(2)]
+    two = [world.add_device("b0", "openvino")]
+    names = [world.class_of(one[0]), world.class_of(two[0])]
+    version = world.version()
+    world.variant(version, "plain", {names[0]: (0.99, 4.0)}, drift=True)
+    world.variant(version, "ov", {names[1]: (0.99, 4.0)}, runtime="openvino", drift=True)
+    world.release(version)
+    endpoint = world.endpoint()
+    until(world, lambda: bool(world.current(endpoint)))
+    seed = [300]
+    until(
+        world,
+        lambda: [f.state for f in findings(world)] == ["acting", "acting"],
+        each=lambda: drifted(world, one + two, seed),
+    )
+    jobs = {f.action["optimization"] for f in findings(world)}
+    assert len(jobs) == 1
+    job: Optimization = world.row(Optimization, jobs.pop())
+    assert job.spec["classes"] == sorted(names)
+    world.now += 1
+    adapted = world.version(accuracy=0.95)
+    world.variant(adapted, "adapted", {names[0]: (0.95, 2.0)})
+    world.variant(adapted, "adapted-ov", {names[1]: (0.95, 2.0)}, runtime="openvino")
+    release = world.release(adapted)
+    with world.store.write() as session:
+        row = session.get(Optimization, job.id)
+        assert row is not None
+        row.result = {"kept": True, "release": release, "version": adapted, "sentence": "Adapted."}
+        optimizations.finish(session, row, world.clock, "done", actor="worker")
+    until(world, lambda: {f.state for f in findings(world)} == {"resolved"})
+    assert len({f.action["rollout"] for f in findings(world)}) == 1
+    with world.store.read() as session:
+        assert len(session.scalars(select(Rollout).where(Rollout.finding != "")).all()) == 1
+
+
+def test_a_question_about_a_bundle_ends_with_the_bundle(world: World) -> None:
+    endpoint, devices, name = serving(world)
+    with world.store.write() as session:
+        row = session.get(Endpoint, endpoint)
+        assert row is not None
+        endpoints.change(session, row, actor="test", automatic=False)
+    seed = [600]
+    until(world, lambda: findings(world) != [], each=lambda: drifted(world, devices, seed))
+    world.now += 1
+    version = world.version()
+    world.variant(version, "plain", {name: (0.99, 4.0)})
+    world.release(version)
+    from shoal_controller.rollouts import service
+
+    with world.store.write() as session:
+        request = service.Request("digits", "person:anna")
+        service.create(
+            session, world.blobs, world.clock, request, presence=world.services.connections, telemetry_s=2.0
+        )
+    until(world, lambda: findings(world)[0].state == "resolved")
