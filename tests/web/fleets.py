@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from shoal_controller.api import schemas as s
+from shoal_controller.rollouts.gates import Gates
 from shoal_protos.errors import Conflict, InvalidInput, NotFound, ShoalError
 
 NOW = 1_795_510_000_000  # 24 Nov 2026, 08:46 UTC
@@ -187,13 +188,7 @@ def _rollouts(devices: list[s.DeviceDetail]) -> list[s.Rollout]:
         s.Wave(name="20%", state="running", devices=second, switched=max(1, second * 3 // 5), failed=sum(d.state == "failed" for d in outcome), effects=_effects((-9.1, -10.4, -7.8), (-0.1, -0.4, 0.2), second), decision="collecting", started_ms=NOW - 15 * MINUTE),
         s.Wave(name="100%", state="waiting", devices=rest, switched=0, failed=0),
     ]  # fmt: skip
-    gates = {
-        "latency_p95": {"at_most_slower": "5 %"},
-        "accuracy": {"at_most_lower": "1 point"},
-        "error_share": {"at_most_higher": "0.5 point"},
-        "deadline_s": 900,
-        "max_unavailable": 2,
-    }
+    gates = Gates(latency_p95_increase=0.05, error_share_increase=0.005, accuracy_drop=0.01).to_json()
     live = s.Rollout(id="r-0002", endpoint="digits", from_label="v1", to_label="v2", state="running",
                      sentence=f"Wave 2 of 3 is running. {waves[1].switched} of {second} devices switched; p95 is 9.1 % lower than on v1 (95 % interval 7.8 to 10.4 % lower), accuracy unchanged within 0.4 points. No stop so far.",
                      waves=waves, gates=gates, devices=outcome, actor="loop", reason="adapted to the field", finding="f-0002", created_ms=NOW - 21 * MINUTE, finished_ms=0)  # fmt: skip
@@ -220,7 +215,7 @@ def _findings(classes: list[str]) -> list[s.Finding]:
     return [
         s.Finding(id="f-0002", kind="input_drift", subject=f"endpoint:e-0001/{classes[0]}", endpoint="digits", profile_class=classes[0], state="acting", severity="warning",
                   sentence="Inputs of digits have left the reference for 4 windows: noise and contrast moved most (PSI 0.63, limit 0.25); accuracy by 41 labels fell from 97.4 % to 73.1 %.",
-                  evidence={"psi": 0.63, "statistic": "noise", "limit": 0.25, "windows": 4, "labels": 41, "accuracy_before": 0.974, "accuracy_now": 0.731, "accuracy": {"low": 0.57, "high": 0.85}},
+                  evidence={"psi": 0.63, "psi_statistic": "noise", "psi_threshold": 0.25, "windows": 4, "labels": 41, "accuracy_before": 0.974, "accuracy_now": 0.731, "accuracy": {"low": 0.57, "high": 0.85}},
                   action={"policy": "adapt", "optimization": "o-0003", "rollout": "r-0002", "sentence": "Adapts the original to the field, distils it into the variants, and rolls them out."}, opened_ms=NOW - 26 * MINUTE, closed_ms=0),
         s.Finding(id="f-0003", kind="device_failed", subject="device:d00002", endpoint="", profile_class=classes[-1], state="open", severity="critical", sentence="One device went back to its old variant twice: its p95 is over the envelope of its class.", evidence={"p95_ms": 3.9, "envelope_ms": 2.5, "attempts": 2}, action={}, opened_ms=NOW - 9 * MINUTE, closed_ms=0),
         s.Finding(id="f-0001", kind="new_class", subject=f"endpoint:e-0001/{classes[-1]}", endpoint="digits", profile_class=classes[-1], state="resolved", severity="info", sentence="A class without a variant joined; a search found 3 for it.", evidence={"devices": 1}, action={"policy": "search", "optimization": "o-0002", "sentence": "Searched variants for the class."}, opened_ms=NOW - 110 * MINUTE, closed_ms=NOW - 104 * MINUTE),
@@ -231,7 +226,7 @@ def _story() -> list[s.StoryItem]:
     return [
         s.StoryItem(time_ms=NOW - 26 * MINUTE, kind="finding", title="The inputs of digits changed", text="Noise rose and contrast fell on all three classes at once. 41 posted labels say that accuracy fell from 97.4 % to 73.1 % (57 to 85).", link="/findings/f-0002", actor="loop", figures={"psi": 0.63, "accuracy_before": 0.974, "accuracy_now": 0.731}),
         s.StoryItem(time_ms=NOW - 25 * MINUTE, kind="optimization", title="The original was adapted, then distilled", text="Training data moved to the field's measured statistics; on the posted labels the adapted original scores 94.9 % where the old one scored 73.1 %. Its variants were distilled and quantized again.", link="/optimizations/o-0003", actor="worker", figures={"before": 0.731, "after": 0.949, "labels": 41}),
-        s.StoryItem(time_ms=NOW - 21 * MINUTE, kind="rollout", title="digits moves from v1 to v2", text="One device first, then a fifth, then all. The canary passed: p95 11.8 % lower, errors unchanged.", link="/rollouts/r-0002", actor="loop", figures={"p95_change_percent": -11.8}),
+        s.StoryItem(time_ms=NOW - 21 * MINUTE, kind="rollout", title="digits moves from v1 to v2", text="One device first, then a fifth, then all. The canary passed: p95 11.8 % lower, errors unchanged.", link="/rollouts/r-0002", actor="loop", figures={"latency_p95": -11.8, "error_share": 0.0}),
         s.StoryItem(time_ms=NOW - 4 * MINUTE, kind="effect", title="Accuracy is back at 94.6 %", text="88 labels since the switch: 94.6 % (88.6 to 97.9). Of the 24.3 points lost, 88 % are recovered.", link="/endpoints/digits", actor="loop", figures={"accuracy_after": 0.946, "recovered_share": 0.885}),
     ]  # fmt: skip
 

@@ -35,7 +35,7 @@ def boxes(plot: plots.Pareto, width: float = 6.0, line: float = 12.0) -> list[pl
     return found
 
 
-@given(variants, st.sampled_from([440, 1120]))
+@given(variants, st.sampled_from([360, 1120]))
 def test_pareto_stays_inside_and_labels_barely_touch(points: list[plots.Point], width: int) -> None:
     plot = plots.pareto(points, width=width, limit_x=5.0, limit_y=0.9)
     for mark in plot.marks:

@@ -93,7 +93,7 @@ def context(
         "rows": rows, "objective": objective, "endpoints": endpoints,
         "plots_drawn": [
             ("wide", plots.pareto(points, limit_x=limit_x, limit_y=limit_y)),
-            ("narrow", plots.pareto(points, width=440, height=380, limit_x=limit_x, limit_y=limit_y)),
+            ("narrow", plots.pareto(points, width=360, height=340, limit_x=limit_x, limit_y=limit_y)),
         ] if points else [],
     }  # fmt: skip
 

@@ -207,8 +207,14 @@ def _place_labels(plot: Pareto, narrow: bool) -> None:
     if plot.limit_x is not None:
         taken.append((plot.limit_x - 2, plot.top - 8, plot.limit_x + 2, float(plot.height - plot.bottom)))
         taken.append((plot.limit_x, plot.top - 20.0, plot.limit_x + 110, plot.top - 2.0))
+    if plot.limit_y is not None:
+        taken.append((float(plot.left), plot.limit_y - 2, plot.left + 100.0, plot.limit_y + 20))
     order = {"serving": 0, "front": 1, "plain": 2, "other": 3}
     for mark in sorted(plot.marks, key=lambda m: (order.get(m.point.kind, 3), m.cx)):
+        if narrow:  # names are as wide as the plot: only what serves or is chosen is marked
+            mark.label = mark.point.note
+            if not mark.label:
+                continue
         own = plot.marks.index(mark)
         others = [c for i, c in enumerate(circles) if i != own]
         best = _best_place(plot, mark, len(mark.label) * per_char, line, taken, others)

@@ -71,7 +71,7 @@ class ShoalChart extends HTMLElement {
       scales: { y: { distr: 3, log: 10, range: (_, low, high) => limits(low, high) } },
       axes: [
         { ...axis, space: 80, size: 30, values: (_, splits) => splits.map((s) => clock.format(s * 1000)) },
-        { ...axis, size: 46, splits: (_, __, low, high) => ticks(low, high), values: (_, splits) => splits.map((v) => (v == null ? "" : String(Number(v.toPrecision(2))))) },
+        { ...axis, size: 46, filter: (_, splits) => splits, splits: (_, __, low, high) => ticks(low, high), values: (_, splits) => splits.map((v) => (v == null ? "" : String(Number(v.toPrecision(2))))) },
       ],
       series: [{}, ...names.map((name, i) => ({ label: name, stroke: this.strokes[i], width: 1.8, spanGaps: true, points: { show: sparse(data[i + 1]), size: 5, fill: this.strokes[i] } }))],
       hooks: { setCursor: [() => this.legend()] },
