@@ -501,4 +501,5 @@ async def supervise(config: Config) -> None:
     config.paths.create()
     with locked(config.paths):
         logs.set_up(config.paths.logs)
+        (config.paths.runtime / "status.json").unlink(missing_ok=True)  # an earlier process's
         await Supervisor(config).run()
