@@ -103,6 +103,8 @@ class Controller:
         """
         if self._services is not None:
             return self._services
+        for library in ("alembic", "httpx"):  # they report each step at INFO
+            logging.getLogger(library).setLevel(logging.WARNING)
         prepare_home(self.settings)
         self._lock = take_lock(self.settings.run_dir / "controller.lock")
         try:

@@ -37,11 +37,12 @@ class HttpDoor:
         Raises:
             Unavailable: the port is taken.
         """
-        door = bind(host, port)
+        door = bind_socket(host, port, "--http-port")
         config = uvicorn.Config(
             self._application,
             lifespan="off",
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
@@ -64,7 +65,7 @@ class HttpDoor:
         self._server = self._task = None
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int, option: str) -> socket.socket:
     """A listening socket. Raises Unavailable, naming the port and the option."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     door = socket.socket(family, socket.SOCK_STREAM)
@@ -76,7 +77,7 @@ def bind(host: str, port: int) -> socket.socket:
         door.close()
         raise Unavailable(
             f"Port {port} on {host} cannot be used: {error.strerror}.",
-            "Stop what uses it, or choose another with --http-port (0 = free).",
+            f"Stop what uses it, or choose another with {option} (0 = free).",
         ) from error
     door.setblocking(False)
     return door

@@ -142,7 +142,7 @@ def check_private(directory: Path) -> None:
 def _read_file(path: Path, names: list[str]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}.") from error

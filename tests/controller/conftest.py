@@ -198,6 +198,7 @@ class FakeAgent:
     acks: dict[str, int] = field(default_factory=dict)
     heartbeats: list[int] = field(default_factory=list)
     channel: grpc.aio.Channel | None = None
+    channels: list[grpc.aio.Channel] = field(default_factory=list)
     call: Any = None
     reader: asyncio.Task[None] | None = None
     welcome: agents_pb2.Welcome | None = None
@@ -208,11 +209,12 @@ class FakeAgent:
         credentials = grpc.ssl_channel_credentials(
             keys.ca_pem, self.joined.key_pem, self.joined.certificate_pem
         )
-        return secure_channel(self.controller.ports["agents"], credentials, keys.fleet)
+        self.channels.append(secure_channel(self.controller.ports["agents"], credentials, keys.fleet))
+        return self.channels[-1]
 
     async def connect(self, epoch: int = 0, generation: int = 0) -> None:
         self.channel = self.open_channel()
-        self.call = agents_pb2_grpc.AgentsStub(self.channel).Connect()
+        self.call = agents_pb2_grpc.AgentsStub(self.channel).Connect()  # type: ignore[no-untyped-call]
         hello = agents_pb2.Hello(
             agent_version="0.1.0",
             profile=self.profile,
@@ -224,24 +226,24 @@ class FakeAgent:
         await self.send(hello=hello)
         first = await self.call.read()
         if first is grpc.aio.EOF:
-            await self._fail()
+            await self._fail(self.call)
         self.welcome = first.welcome
-        self.reader = asyncio.create_task(self._read())
+        self.reader = asyncio.create_task(self._read(self.call))
 
     async def send(self, **message: Any) -> None:
         await self.call.write(agents_pb2.Up(**message))
 
-    async def _fail(self) -> None:
+    async def _fail(self, call: Any) -> None:
         raise grpc.aio.AioRpcError(
-            await self.call.code(),
-            await self.call.initial_metadata(),
-            await self.call.trailing_metadata(),
-            details=await self.call.details(),
+            await call.code(),
+            await call.initial_metadata(),
+            await call.trailing_metadata(),
+            details=await call.details(),
         )
 
-    async def _read(self) -> None:
+    async def _read(self, call: Any) -> None:
         try:
-            while (message := await self.call.read()) is not grpc.aio.EOF:
+            while (message := await call.read()) is not grpc.aio.EOF:
                 kind = message.WhichOneof("message")
                 if kind == "desired":
                     self.desired.append(desired_pb2.DesiredState.FromString(message.desired.payload))
@@ -249,20 +251,20 @@ class FakeAgent:
                     self.acks[message.ack.spool_id] = message.ack.through
                 elif kind == "heartbeat":
                     self.heartbeats.append(message.heartbeat.number)
-            await self._fail()
+            await self._fail(call)
         except grpc.aio.AioRpcError as error:
             self.ended = error
 
     def blobs(self) -> Any:
-        return blobs_pb2_grpc.BlobsStub(self.channel)
+        return blobs_pb2_grpc.BlobsStub(self.channel)  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
         if self.reader is not None:
             self.reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self.reader
-        if self.channel is not None:
-            await self.channel.close()
+        for channel in self.channels:
+            await channel.close()
 
 
 def secure_channel(port: int, credentials: grpc.ChannelCredentials, fleet: str) -> grpc.aio.Channel:

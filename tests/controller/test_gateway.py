@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,8 +12,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
 
 from shoal_controller import devices, identity
+from shoal_controller.app import Controller
+from shoal_controller.settings import Settings
 from shoal_controller.store.tables import Desired, Device, Spool, Window
-from shoal_protos.v1 import agents_pb2, agents_pb2_grpc, telemetry_pb2
+from shoal_protos.v1 import agents_pb2, agents_pb2_grpc, blobs_pb2, telemetry_pb2
 
 BUNDLE = "sha256:" + "a" * 64
 
@@ -37,7 +40,7 @@ def spooled(spool: str, sequence: int, **item: Any) -> agents_pb2.Spooled:
 
 
 async def test_a_device_is_greeted_and_gets_its_desired_state(
-    agents, eventually, controller, device_row
+    agents: Any, eventually: Any, controller: Controller, device_row: Any
 ) -> None:
     agent = await agents("Cam One!")
     assert agent.welcome.display_name == "cam-one"
@@ -51,7 +54,7 @@ async def test_a_device_is_greeted_and_gets_its_desired_state(
     assert controller.connections.is_connected(agent.joined.device)
 
 
-async def test_heartbeats_are_answered(agents, eventually) -> None:
+async def test_heartbeats_are_answered(agents: Any, eventually: Any) -> None:
     agent = await agents()
     for number in (1, 2, 3):
         beat = agents_pb2.Heartbeat(boot_id=agent.boot_id, monotonic_ns=agent.monotonic_ns, number=number)
@@ -59,7 +62,9 @@ async def test_heartbeats_are_answered(agents, eventually) -> None:
     await eventually(lambda: agent.heartbeats == [1, 2, 3])
 
 
-async def test_spooled_windows_are_stored_once_and_acknowledged(agents, eventually, controller) -> None:
+async def test_spooled_windows_are_stored_once_and_acknowledged(
+    agents: Any, eventually: Any, controller: Controller
+) -> None:
     agent = await agents()
     for sequence in range(1, 31):
         item = window(agent, sequence - 60, sequence - 59, requests=10)
@@ -85,7 +90,9 @@ async def test_spooled_windows_are_stored_once_and_acknowledged(agents, eventual
     assert abs(newest - (controller.clock() - 29_000)) < 20_000
 
 
-async def test_a_malformed_window_is_acknowledged_and_noted(agents, eventually, controller) -> None:
+async def test_a_malformed_window_is_acknowledged_and_noted(
+    agents: Any, eventually: Any, controller: Controller
+) -> None:
     agent = await agents()
     bad = window(agent, 0, 1)
     bad.placements.add(endpoint="digits", bundle="not a digest")
@@ -97,7 +104,7 @@ async def test_a_malformed_window_is_acknowledged_and_noted(agents, eventually, 
     assert spool is not None and spool.gaps[0]["reason"].startswith("refused")
 
 
-async def test_another_devices_spool_is_refused(agents, eventually) -> None:
+async def test_another_devices_spool_is_refused(agents: Any, eventually: Any) -> None:
     one, two = await agents("one"), await agents("two")
     await one.send(spooled=spooled("shared", 1, telemetry=window(one, -2, -1)))
     await eventually(lambda: one.acks.get("shared") == 1)
@@ -106,24 +113,26 @@ async def test_another_devices_spool_is_refused(agents, eventually) -> None:
     assert error.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
-async def test_a_revoked_device_loses_its_stream_and_its_channel(agents, eventually, controller) -> None:
+async def test_a_revoked_device_loses_its_stream_and_its_channel(
+    agents: Any, eventually: Any, controller: Controller
+) -> None:
     agent, other = await agents("bad"), await agents("good")
     with controller.store.write() as session:
-        row = session.get(Device, agent.joined.device)
+        row = session.get_one(Device, agent.joined.device)
         devices.revoke(session, row, actor="person:test")
     # Nobody tells the gateway: the event does, as for a revocation by another process.
     error = await eventually(lambda: agent.ended)
     assert error.code() is grpc.StatusCode.PERMISSION_DENIED
     with pytest.raises(grpc.aio.AioRpcError, match="revoked"):
-        from shoal_protos.v1 import blobs_pb2
-
         await agent.blobs().Stat(blobs_pb2.StatRequest(digest=BUNDLE))
     with pytest.raises(grpc.aio.AioRpcError, match="revoked"):
         await agent.connect()
     assert other.ended is None
 
 
-async def test_a_certificate_of_another_fleet_is_refused(agents, controller, tmp_path) -> None:
+async def test_a_certificate_of_another_fleet_is_refused(
+    agents: Any, controller: Controller, tmp_path: Path
+) -> None:
     agent = await agents(connect=False)
     stranger = tmp_path / "stranger"
     stranger.mkdir(mode=0o700)
@@ -135,7 +144,9 @@ async def test_a_certificate_of_another_fleet_is_refused(agents, controller, tmp
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # the handshake fails
 
 
-async def test_a_certificate_for_another_name_is_refused(agents, controller, eventually) -> None:
+async def test_a_certificate_for_another_name_is_refused(
+    agents: Any, controller: Controller, eventually: Any
+) -> None:
     """Signed by the right CA, but no device's: the door's own kind of certificate."""
     agent = await agents(connect=False)
     agent.joined.reply.certificate_der = identity.der(
@@ -147,7 +158,7 @@ async def test_a_certificate_for_another_name_is_refused(agents, controller, eve
     assert "Join" in refused.value.details()
 
 
-async def test_an_expired_certificate_is_refused(agents, controller) -> None:
+async def test_an_expired_certificate_is_refused(agents: Any, controller: Controller) -> None:
     agent = await agents(connect=False)
     past = controller.clock() - 10 * 86_400_000
     agent.joined.reply.certificate_der = identity.der(
@@ -157,7 +168,9 @@ async def test_an_expired_certificate_is_refused(agents, controller) -> None:
         await agent.connect()
 
 
-async def test_a_call_on_an_open_channel_ends_with_the_certificate(settings, tmp_path) -> None:
+async def test_a_call_on_an_open_channel_ends_with_the_certificate(
+    settings: Settings, tmp_path: Path
+) -> None:
     """gRPC lets an open channel live on after expiry; the interceptor does not."""
     from shoal_controller.gateway.admission import Admission
     from shoal_controller.gateway.connections import Connections
@@ -186,27 +199,29 @@ async def test_a_call_on_an_open_channel_ends_with_the_certificate(settings, tmp
         admission.peer(Context())
 
 
-async def test_without_a_certificate_the_door_stays_shut(controller, open_secure_channel) -> None:
+async def test_without_a_certificate_the_door_stays_shut(
+    controller: Controller, open_secure_channel: Any
+) -> None:
     credentials = grpc.ssl_channel_credentials(controller.keys.ca_pem)
     async with open_secure_channel(controller.ports["agents"], credentials, "test") as channel:
-        call = agents_pb2_grpc.AgentsStub(channel).Connect()
-        with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+        call = agents_pb2_grpc.AgentsStub(channel).Connect()  # type: ignore[no-untyped-call]
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):  # noqa: PT012
             await call.write(agents_pb2.Up(hello=agents_pb2.Hello()))
             await call.read()
             raise grpc.aio.AioRpcError(await call.code(), None, None)
 
 
-async def test_a_stream_that_begins_without_hello_is_refused(agents) -> None:
+async def test_a_stream_that_begins_without_hello_is_refused(agents: Any) -> None:
     agent = await agents(connect=False)
     agent.channel = agent.open_channel()
-    call = agents_pb2_grpc.AgentsStub(agent.channel).Connect()
+    call = agents_pb2_grpc.AgentsStub(agent.channel).Connect()  # type: ignore[no-untyped-call]
     await call.write(agents_pb2.Up(heartbeat=agents_pb2.Heartbeat()))
     with pytest.raises(grpc.aio.AioRpcError, match="begins with a hello"):
         await call.read()
     assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_an_oversized_message_ends_the_stream_and_nothing_else(agents, eventually) -> None:
+async def test_an_oversized_message_ends_the_stream_and_nothing_else(agents: Any, eventually: Any) -> None:
     agent = await agents()
     await agent.send(reported=agents_pb2.Reported(agent_version="x" * (8 << 20)))
     error = await eventually(lambda: agent.ended)
@@ -215,7 +230,9 @@ async def test_an_oversized_message_ends_the_stream_and_nothing_else(agents, eve
     assert again.welcome is not None
 
 
-async def test_a_newer_stream_replaces_the_older(agents, eventually, controller, device_row) -> None:
+async def test_a_newer_stream_replaces_the_older(
+    agents: Any, eventually: Any, controller: Controller, device_row: Any
+) -> None:
     agent = await agents()
     first_call, first_reader = agent.call, agent.reader
     await agent.connect()
@@ -226,7 +243,7 @@ async def test_a_newer_stream_replaces_the_older(agents, eventually, controller,
 
 
 async def test_a_device_that_vanishes_is_disconnected_then_offline(
-    agents, eventually, controller, device_row
+    agents: Any, eventually: Any, controller: Controller, device_row: Any
 ) -> None:
     agent = await agents()
     device = agent.joined.device
@@ -244,7 +261,7 @@ async def test_a_device_that_vanishes_is_disconnected_then_offline(
 
 
 async def test_a_device_with_a_newer_state_than_the_database_gets_a_new_epoch(
-    agents, eventually, controller
+    agents: Any, eventually: Any, controller: Controller
 ) -> None:
     """As after a restored backup: the device would refuse any lower (epoch, generation)."""
     agent = await agents(connect=False)
@@ -252,11 +269,13 @@ async def test_a_device_with_a_newer_state_than_the_database_gets_a_new_epoch(
     await eventually(lambda: agent.desired)
     await eventually(lambda: agent.desired[-1].epoch == 2)
     with controller.store.read() as session:
-        row = session.get(Desired, agent.joined.device)
+        row = session.get_one(Desired, agent.joined.device)
     assert row is not None and (row.epoch, row.generation) > (1, 500)
 
 
-async def test_reports_become_events_only_when_something_changed(agents, eventually, controller) -> None:
+async def test_reports_become_events_only_when_something_changed(
+    agents: Any, eventually: Any, controller: Controller
+) -> None:
     from shoal_controller.events import list_events
 
     agent = await agents()

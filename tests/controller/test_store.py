@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import select, text
+from sqlalchemy.orm import Session
 
 from shoal_controller.store.repositories import Store, find, get_meta, new_id, record, set_meta
 from shoal_controller.store.tables import Base, Event, Meta, Model
@@ -37,7 +40,7 @@ def test_a_database_of_a_newer_version_is_refused(home: Path) -> None:
     with store.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     store.close()
-    with pytest.raises(Unsupported, match="9999.*update Shoal"):
+    with pytest.raises(Unsupported, match=r"9999.*update Shoal"):
         Store.open(url)
 
 
@@ -47,7 +50,7 @@ def test_a_database_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_nothing(store: Store) -> None:
-    with pytest.raises(ZeroDivisionError), store.write() as session:
+    with pytest.raises(ZeroDivisionError), store.write() as session:  # noqa: PT012
         set_meta(session, "a", "1")
         raise ZeroDivisionError
     with store.read() as session:
@@ -95,11 +98,11 @@ def test_ids_are_unique_between_processes(home: Path, store: Store) -> None:
 
 
 async def test_submitted_functions_share_a_commit_and_fail_alone(store: Store) -> None:
-    def good(session):
+    def good(session: Any) -> Any:
         session.add(Meta(key=f"k{new_id(session, 'k')}", value=""))
         record(session, actor="a", verb="v", kind="k", object="o")
 
-    def bad(session):
+    def bad(session: Any) -> Any:
         record(session, actor="a", verb="bad", kind="k", object="o")
         session.flush()
         raise InvalidInput("no")
@@ -115,7 +118,11 @@ async def test_submitted_functions_share_a_commit_and_fail_alone(store: Store) -
 
 async def test_submitted_functions_run_in_order(store: Store) -> None:
     seen: list[int] = []
-    await asyncio.gather(*(store.submit(lambda _s, n=n: seen.append(n)) for n in range(50)))
+
+    def note(number: int) -> Callable[[Session], None]:
+        return lambda _session: seen.append(number)
+
+    await asyncio.gather(*(store.submit(note(number)) for number in range(50)))
     assert seen == list(range(50))
 
 
@@ -143,7 +150,7 @@ def test_listeners_hear_of_events_after_the_commit(store: Store) -> None:
     assert heard == [True]
     with store.write() as session:
         set_meta(session, "quiet", "1")
-    with pytest.raises(ZeroDivisionError), store.write() as session:
+    with pytest.raises(ZeroDivisionError), store.write() as session:  # noqa: PT012
         record(session, actor="a", verb="v", kind="k", object="o")
         raise ZeroDivisionError
     assert heard == [True]
@@ -158,9 +165,9 @@ def test_objects_are_found_by_id_name_and_unique_prefix(store: Store) -> None:
         assert find(session, Model, "m-0002").name == "signs"
         assert find(session, Model, "signs").id == "m-0002"
         assert find(session, Model, "m-001").name == "faces"
-        with pytest.raises(InvalidInput, match="m-0001, m-0002.*Give more"):
+        with pytest.raises(InvalidInput, match=r"m-0001, m-0002.*Give more"):
             find(session, Model, "m-000")
-        with pytest.raises(NotFound, match="no model 'cars'.*shoal model list"):
+        with pytest.raises(NotFound, match=r"no model 'cars'.*shoal model list"):
             find(session, Model, "cars")
         with pytest.raises(InvalidInput):
             find(session, Model, "")

@@ -13,6 +13,7 @@ from shoal_controller import enrolment
 from shoal_controller.gateway.admission import Admission, AdmissionInterceptor, mapped_errors
 from shoal_controller.gateway.blobs import BlobsServicer
 from shoal_controller.gateway.streams import AgentsServicer
+from shoal_controller.http import bind_socket
 from shoal_controller.services import Services
 from shoal_protos.errors import Unavailable
 from shoal_protos.v1 import agents_pb2_grpc, blobs_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc
@@ -141,14 +142,14 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
 def _bind(
     server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials, option: str
 ) -> int:
+    """Raises Unavailable, naming the port and the option."""
+    bind_socket(host, port, option).close()  # says why it cannot; gRPC only logs it
     address = f"[{host}]" if ":" in host else host
     try:
         bound: int = server.add_secure_port(f"{address}:{port}", credentials)
-    except RuntimeError:
-        bound = 0
-    if not bound:
+    except RuntimeError as error:
         raise Unavailable(
-            f"Port {port} on {host} is in use.",
+            f"Port {port} on {host} cannot be used.",
             f"Stop what uses it, or choose another with {option} (0 = free).",
-        )
+        ) from error
     return bound

@@ -28,6 +28,7 @@ HELLO_SECONDS = 15.0
 IN_FLIGHT = 64  # spooled messages of one stream whose commit is awaited
 OUT_QUEUE = 256  # messages that wait to be written to one stream
 FEATURES = ("blobs.v1", "requests.v1", "trials.v1")
+UNTOLD_SILENCE_SECONDS = 65.0  # an agent begins at its own pace and adopts ours with its desired state
 CLOCK_DRIFT_MS = 1000  # a stored mapping is rewritten only when it moved by more
 
 
@@ -81,6 +82,8 @@ class _Stream:
         self._pending_news = asyncio.Event()
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._sent: tuple[int, int, int] = (0, 0, 0)  # epoch, generation, not_after of the last one sent
+        self._heartbeat_ms = 0  # when the last one came
+        self._at_pace = False  # heartbeats come as often as this controller asks for
         self._failure: ShoalError | None = None
         self.reason = ""  # why the controller ended it
 
@@ -165,9 +168,10 @@ class _Stream:
     # ------------------------------------------------------------------ reading
 
     async def _read(self, requests: AsyncIterator[agents_pb2.Up]) -> None:
-        silence = self._services.settings.offline_after_seconds
         messages = aiter(requests)
         while True:
+            silence = self._services.settings.offline_after_seconds
+            silence = silence if self._at_pace else max(silence, UNTOLD_SILENCE_SECONDS)
             try:
                 async with asyncio.timeout(silence):
                     message = await anext(messages, None)
@@ -187,6 +191,7 @@ class _Stream:
         kind = message.WhichOneof("message")
         services, device = self._services, self._peer.device
         if kind == "heartbeat":
+            self._note_pace(services.clock())
             self._note_clock(message.heartbeat.boot_id, message.heartbeat.monotonic_ns, services.clock())
             await self._store_clock()
             reply = agents_pb2.HeartbeatReply(
@@ -201,6 +206,11 @@ class _Stream:
         elif kind == "hello":
             raise InvalidInput("A stream has one hello.", "Open a new stream.")
 
+    def _note_pace(self, now_ms: int) -> None:
+        told_ms = self._services.settings.heartbeat_seconds * 1000
+        self._at_pace = bool(self._heartbeat_ms) and now_ms - self._heartbeat_ms <= 1.5 * told_ms
+        self._heartbeat_ms = now_ms
+
     async def _take_spooled(self, spooled: agents_pb2.Spooled) -> None:
         """Submits without waiting for the commit, in order; `_acknowledge` waits."""
         await self._slots.acquire()
@@ -212,6 +222,8 @@ class _Stream:
                 lambda s: services.intake.spooled(s, device, spooled, zero_ms=zero, boot_id=boot, first=first)
             )
         )
+        # Where the stream ends first nobody asks for it any more: the device sends it again.
+        future.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._pending.append((spooled.spool_id, future))
         self._pending_news.set()
 
