@@ -7,15 +7,16 @@ it by its own probe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal_controller import desired, query, registry
+from shoal_controller import desired, query, registry, releases
 from shoal_controller.blobs import BlobStore
+from shoal_controller.classes import ClassFacts, class_facts, fits
 from shoal_controller.clock import Clock
 from shoal_controller.store.repositories import find, new_id, record
 from shoal_controller.store.tables import (
@@ -188,74 +189,6 @@ def members(session: Session, endpoint: Endpoint) -> list[Device]:
     return query.devices(session, endpoint.filter, project=endpoint.project)
 
 
-# ------------------------------------------------------------------ classes
-
-
-@dataclass(frozen=True)
-class ClassFacts:
-    """What every device of a class has."""
-
-    name: str
-    architecture: str
-    isa: frozenset[str]
-    runtimes: Mapping[str, str]  # name -> version, the oldest of the class
-
-    @property
-    def hardware(self) -> str:
-        return self.name.split("+", 1)[0]
-
-
-def facts_of(profile: Profile, name: str) -> ClassFacts:
-    return ClassFacts(
-        name,
-        profile.architecture,
-        frozenset(profile.isa_features),
-        {runtime.name: runtime.version for runtime in profile.runtimes},
-    )
-
-
-def class_facts(devices: Iterable[Device]) -> dict[str, ClassFacts]:
-    """Class -> what all of its devices share."""
-    found: dict[str, ClassFacts] = {}
-    for device in devices:
-        new = facts_of(Profile.FromString(device.profile), device.profile_class)
-        old = found.get(new.name)
-        if old is not None:
-            shared = {
-                name: min(version, new.runtimes[name], key=version_key)
-                for name, version in old.runtimes.items()
-                if name in new.runtimes
-            }
-            new = ClassFacts(new.name, new.architecture, old.isa & new.isa, shared)
-        found[new.name] = new
-    return found
-
-
-def version_key(text: str) -> tuple[int, ...]:
-    """Numbers of a version, for comparing: "1.32.0rc1" -> (1, 32, 0)."""
-    numbers = []
-    for part in text.split("."):
-        digits = ""
-        for letter in part:
-            if not letter.isdigit():
-                break
-            digits += letter
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
-
-
-def fits(need: RuntimeNeed, facts: ClassFacts) -> bool:
-    """Whether a bundle can run on every device of a class: runtime, version range, ISA features."""
-    version = facts.runtimes.get(need.name)
-    if version is None or not frozenset(need.isa) <= facts.isa:
-        return False
-    if need.version_min and version_key(version) < version_key(need.version_min):
-        return False
-    return not (need.version_max and version_key(version) >= version_key(need.version_max))
-
-
 # ------------------------------------------------------------------ assignments
 
 
@@ -344,7 +277,7 @@ def assign(
         if name not in facts and name not in release.fronts:
             known = ", ".join(sorted({*facts, *release.fronts}))
             raise InvalidInput(f"There is no class '{name[:80]}' here.", f"Classes: {known}.")
-        chosen[name] = registry.own_variant(session, version, key).id
+        chosen[name] = releases.own_variant(session, version, key).id
     if not chosen:
         raise Conflict(
             f"No variant of this release fits any device of '{endpoint.name}'.",

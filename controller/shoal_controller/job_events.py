@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal_controller import job_files, optimizations, registry
+from shoal_controller import job_files, optimizations, registry, releases
 from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock
 from shoal_controller.store.repositories import Store, record
@@ -273,7 +273,7 @@ class Importer:
         endpoint = session.get(Endpoint, row.endpoint) if row.endpoint else None
         objective = row.objective or (endpoint.objective if endpoint is not None else "")
         if not fronts:
-            fronts = registry.best_fronts(session, version, objective)
+            fronts = releases.best_fronts(session, version, objective)
         if existing:
             fronts = {**existing[-1].fronts, **fronts}
         if not fronts or (existing and existing[-1].fronts == fronts):
@@ -281,7 +281,7 @@ class Importer:
             return
         if existing and note == "ingest":
             note = "plain"
-        release = registry.create_release(
+        release = releases.create_release(
             session, version, self._clock, actor=ACTOR, fronts=fronts, note=note
         )
         row.result = {**row.result, "release": release.id}

@@ -16,9 +16,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shoal_agent.profile import class_of
-from shoal_controller import endpoints, sources
+from shoal_controller import classes, endpoints, sources
 from shoal_controller.blobs import BlobStore
-from shoal_controller.endpoints import ClassFacts
+from shoal_controller.classes import ClassFacts
 from shoal_controller.store.tables import (
     Assignment,
     Device,
@@ -69,8 +69,8 @@ def prepare(
         "task": task,
         "version": {"model": model.name, "number": version.number},
         "objective": row.objective,
-        "classes": (classes := _classes(session, row, machine)),
-        "budget": _budget(row, classes),
+        "classes": (wanted := _classes(session, row, machine)),
+        "budget": _budget(row, wanted),
         "trial_results": _trials(session, blobs, directory, row),
     }
     for name, digest in (("weights", version.weights_blob), ("data", version.data_blob)):
@@ -95,13 +95,13 @@ def _place(blobs: BlobStore, digest: str, target: Path) -> Path:
     return target
 
 
-def _budget(row: Optimization, classes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _budget(row: Optimization, wanted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Minutes and trials per class. An adaptation keeps the networks that serve, whose timing is
     known: it asks devices only about classes that this machine cannot speak for."""
     minutes = float(row.spec.get("minutes", 3.0))
     if minutes <= 0 or row.kind == "ingest":
         return {"minutes": PLAIN_MINUTES, "trials": 0}
-    known = row.kind == "adapt" and all(c["local"] for c in classes)
+    known = row.kind == "adapt" and all(c["local"] for c in wanted)
     return {"minutes": minutes, "trials": 0 if known else int(row.spec.get("trials", DEFAULT_TRIALS))}
 
 
@@ -113,18 +113,18 @@ def wanted_classes(session: Session, row: Optimization, machine: Profile) -> dic
         devices = endpoints.members(session, endpoint)
     else:
         devices = list(session.scalars(select(Device).where(Device.revoked.is_(False))))
-    facts = endpoints.class_facts(devices)
+    facts = classes.class_facts(devices)
     named: Iterable[str] | None = row.spec.get("classes")
     if named is not None:
         missing = [name for name in named if name not in facts]
-        everything = endpoints.class_facts(session.scalars(select(Device))) if missing else facts
+        everything = classes.class_facts(session.scalars(select(Device))) if missing else facts
         facts = {name: everything[name] for name in named if name in everything}
-    own = endpoints.facts_of(machine, class_of(machine))
+    own = classes.facts_of(machine, class_of(machine))
     return facts or {own.name: own}
 
 
 def _classes(session: Session, row: Optimization, machine: Profile) -> list[dict[str, Any]]:
-    own = endpoints.facts_of(machine, class_of(machine))
+    own = classes.facts_of(machine, class_of(machine))
     return [
         {
             "name": name,

@@ -31,10 +31,10 @@ from shoal_agent import profile
 from shoal_controller import job_events, job_files, optimizations
 from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock, now_ms
+from shoal_controller.job_output import Reader
 from shoal_controller.settings import Settings, prepare_home
 from shoal_controller.store.repositories import Store
 from shoal_controller.store.tables import Optimization
-from shoal_optimizer import jobspec
 from shoal_protos.errors import InvalidInput, ShoalError
 from shoal_protos.v1.profile_pb2 import Profile
 
@@ -44,9 +44,7 @@ LEASE_SECONDS = 20
 RENEW_SECONDS = 5.0
 POLL_SECONDS = 0.5  # between looks at an empty queue
 READ_SECONDS = 0.2  # between looks at a child's output
-PROGRESS_SECONDS = 1.0  # the row follows a chatty job no faster
 MAX_ATTEMPTS = 5  # times one piece of work may take its worker down with it
-MAX_LINE_BYTES = 8 << 20
 LOG_TAIL_BYTES = 16 << 10
 GRACE_SECONDS = 5.0
 MAX_HOURS = 12.0
@@ -187,7 +185,7 @@ class Worker:
         _end_orphan(directory)
         output = directory / "events.jsonl"
         importer = job_events.Importer(self.store, self.blobs, self.clock, job, directory, self.machine)
-        reader = _Reader(output, importer, self._read_so_far(job))
+        reader = Reader(output, importer, self._read_so_far(job))
         reader.drain()  # what a child wrote while its worker was dead
         with self.store.read() as session:
             row = session.get(Optimization, job)
@@ -250,7 +248,7 @@ class Worker:
                 resource.prlimit(pid, kind, (value, value))
             os.setpriority(os.PRIO_PROCESS, pid, self.limits.nice)
 
-    def _watch(self, job: str, child: subprocess.Popen[bytes], reader: _Reader) -> bool:
+    def _watch(self, job: str, child: subprocess.Popen[bytes], reader: Reader) -> bool:
         """Follows a child to its end; False when its work was taken back (stop, cancel, lease lost)."""
         renewed = started = time.monotonic()
         while child.poll() is None:
@@ -292,74 +290,6 @@ class Worker:
         elif state == "failed":
             for name in ("source", "in", "out", "tmp"):
                 shutil.rmtree(directory / name, ignore_errors=True)
-
-
-class _Reader:
-    """Reads a child's output from a file, so that nothing is lost when the worker dies."""
-
-    def __init__(self, path: Path, importer: job_events.Importer, offset: int) -> None:
-        self._path = path
-        self._importer = importer
-        self._offset = offset
-        self._progressed = 0.0
-
-    def drain(self, *, last: bool = False) -> bool:
-        """Applies the whole lines that are there; True if there were any. Progress is thinned out:
-        of several in a row only the newest counts, at most one a second.
-
-        Raises:
-            ShoalError: a line is not one of a job's.
-        """
-        lines = self._lines()
-        if not lines:
-            return False
-        applied = False
-        pending: tuple[dict[str, object], int] | None = None
-        for line, end in lines:
-            event = jobspec.parse_event(line.decode(errors="replace"))
-            if (
-                event["event"] == "progress"
-                and pending is not None
-                and pending[0].get("step") == event.get("step")
-            ):
-                pending = (event, end)
-                continue
-            if pending is not None:
-                self._apply(*pending)
-                applied = True
-            pending = (event, end)
-        assert pending is not None
-        if (
-            pending[0]["event"] != "progress"
-            or last
-            or time.monotonic() - self._progressed >= PROGRESS_SECONDS
-        ):
-            self._apply(*pending)
-            applied = True
-        return applied
-
-    def _apply(self, event: dict[str, object], end: int) -> None:
-        self._importer.apply([event], end)
-        self._offset = end
-        if event["event"] == "progress":
-            self._progressed = time.monotonic()
-
-    def _lines(self) -> list[tuple[bytes, int]]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as stream:
-            stream.seek(self._offset)
-            data = stream.read(MAX_LINE_BYTES)
-        if b"\n" not in data:
-            if len(data) == MAX_LINE_BYTES:
-                raise InvalidInput(f"The job wrote a line above {MAX_LINE_BYTES} bytes.")
-            return []
-        lines, at = [], self._offset
-        for line in data[: data.rindex(b"\n")].split(b"\n"):
-            at += len(line) + 1
-            if line.strip():
-                lines.append((line, at))
-        return lines
 
 
 def _owner_is_dead(owner: str) -> bool:

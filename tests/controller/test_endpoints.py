@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_controller import endpoints, trials
+from shoal_controller import classes, endpoints, trials
 from shoal_controller.store.tables import Assignment, Device, Endpoint, Release, Variant
 from shoal_protos.bundle import RuntimeNeed, TensorSpec
 from shoal_protos.errors import Conflict, InvalidInput
@@ -94,21 +94,21 @@ def test_fallback_is_what_the_desired_state_says(world: World) -> None:
 
 
 def test_needs_are_judged_by_runtime_range_and_isa() -> None:
-    facts = endpoints.facts_of(profile("onnxruntime"), "x")
-    assert endpoints.fits(RuntimeNeed("onnxruntime", "m"), facts)
-    assert endpoints.fits(RuntimeNeed("onnxruntime", "m", "1.32", "2.0", ("avx2",)), facts)
-    assert not endpoints.fits(RuntimeNeed("openvino", "m"), facts)
-    assert not endpoints.fits(RuntimeNeed("onnxruntime", "m", "1.33"), facts)
-    assert not endpoints.fits(RuntimeNeed("onnxruntime", "m", "", "1.32"), facts)
-    assert not endpoints.fits(RuntimeNeed("onnxruntime", "m", isa=("avx512f",)), facts)
-    assert endpoints.version_key("2026.4.1-20000") == (2026, 4, 1) and endpoints.version_key("1.9") < (1, 10)
+    facts = classes.facts_of(profile("onnxruntime"), "x")
+    assert classes.fits(RuntimeNeed("onnxruntime", "m"), facts)
+    assert classes.fits(RuntimeNeed("onnxruntime", "m", "1.32", "2.0", ("avx2",)), facts)
+    assert not classes.fits(RuntimeNeed("openvino", "m"), facts)
+    assert not classes.fits(RuntimeNeed("onnxruntime", "m", "1.33"), facts)
+    assert not classes.fits(RuntimeNeed("onnxruntime", "m", "", "1.32"), facts)
+    assert not classes.fits(RuntimeNeed("onnxruntime", "m", isa=("avx512f",)), facts)
+    assert classes.version_key("2026.4.1-20000") == (2026, 4, 1) and classes.version_key("1.9") < (1, 10)
 
 
 def test_a_class_has_what_all_of_its_devices_have(world: World) -> None:
     world.add_device("a", isa=("avx2", "avx512f"))
     world.add_device("b", isa=("avx2",))
     with world.store.read() as session:
-        facts = endpoints.class_facts(session.query(Device))
+        facts = classes.class_facts(session.query(Device))
     (only,) = facts.values()
     assert only.isa == {"avx2"} and only.runtimes == {"onnxruntime": "1.32.0"}
 

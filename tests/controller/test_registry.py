@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from shoal_controller import registry, sources
+from shoal_controller import registry, releases, sources
 from shoal_controller.store.tables import Measurement, Model, Optimization, Release, Variant, Version
 from shoal_protos.errors import Conflict, InvalidInput, NotFound
 from tests.controller.world import World, source_tar
@@ -161,12 +161,12 @@ def test_releases_order_fronts_and_never_change(world: World) -> None:
     with world.store.write() as session:
         row = session.get(Version, version)
         assert row is not None
-        made = registry.create_release(
+        made = releases.create_release(
             session, row, world.clock, actor="t", objective="accuracy>=0.97; minimise latency_p95"
         )
         first = made.id
         assert made.fronts == {name: [slow, quick]}  # the feasible one first, the dominated one not at all
-        by_size = registry.create_release(session, row, world.clock, actor="t", objective="minimise size")
+        by_size = releases.create_release(session, row, world.clock, actor="t", objective="minimise size")
         assert by_size.fronts == {name: [quick, slow]}
         assert (made.number, by_size.number) == (1, 2)
     assert worse not in world.row(Release, first).fronts[name]
@@ -175,6 +175,6 @@ def test_releases_order_fronts_and_never_change(world: World) -> None:
         row = session.get(Version, other)
         assert row is not None
         with pytest.raises(InvalidInput, match="no variant of version 2"):
-            registry.create_release(session, row, world.clock, actor="t", fronts={name: [slow]})
+            releases.create_release(session, row, world.clock, actor="t", fronts={name: [slow]})
         with pytest.raises(Conflict, match="no variants"):
-            registry.create_release(session, row, world.clock, actor="t")
+            releases.create_release(session, row, world.clock, actor="t")

@@ -16,7 +16,7 @@ import numpy as np
 from shoal_agent.profile import class_of
 from shoal_agent.telemetry import sketches
 from shoal_agent.telemetry.histograms import ExponentialHistogram
-from shoal_controller import endpoints, registry, sources
+from shoal_controller import endpoints, registry, releases, sources
 from shoal_controller.app import Controller
 from shoal_controller.endpoints import EndpointSettings
 from shoal_controller.gateway.connections import Connection
@@ -127,9 +127,12 @@ class World:
         self.now = 1_700_000_000_000
         self.path = path
         values = {"telemetry_seconds": 2, "heartbeat_seconds": 5} | settings
-        self.controller = Controller(
-            Settings(home=path / "home", fleet="test", **values), clock=lambda: self.now
-        )
+        # Durable commits are slow on a disk that others use too; nothing here tests the disk.
+        memory = Path("/dev/shm")
+        self.room = tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else path)
+        home = Path(self.room.name) / "home"
+        settings_ = Settings(home=home, fleet="test", **values)
+        self.controller = Controller(settings_, clock=lambda: self.now)
         self.services = self.controller.open()
         self.store, self.blobs = self.services.store, self.services.blobs
         self.behaviours: dict[str, Behaviour] = {}
@@ -148,6 +151,7 @@ class World:
 
     def close(self) -> None:
         self.controller.close()
+        self.room.cleanup()
 
     def clock(self) -> int:
         return self.now
@@ -372,7 +376,7 @@ class World:
         with self.store.write() as session:
             row = session.get(Version, version)
             assert row is not None
-            return registry.create_release(session, row, self.clock, actor="test", fronts=fronts).id
+            return releases.create_release(session, row, self.clock, actor="test", fronts=fronts).id
 
     def endpoint(
         self, name: str = "digits", *, automatic: bool = True, settle_s: int = 2, **kwargs: Any

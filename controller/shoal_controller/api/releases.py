@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal_controller import registry
+from shoal_controller import registry, releases
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.store.repositories import find
@@ -40,7 +40,7 @@ def create_release(body: schemas.ReleaseCreate, services: ServicesDep, actor: Ac
         objective = (
             session.scalar(select(Endpoint.objective).where(Endpoint.model == model.id).limit(1)) or ""
         )
-        row = registry.create_release(
+        row = releases.create_release(
             session,
             version,
             services.clock,

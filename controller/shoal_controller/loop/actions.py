@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shoal_agent.telemetry import sketches
-from shoal_controller import endpoints, optimizations, registry
+from shoal_controller import endpoints, optimizations, releases
 from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock
 from shoal_controller.loop import facts as facts_
@@ -391,7 +391,7 @@ def first_rollout(session: Session, hands: Hands, endpoint: Endpoint) -> Rollout
     that was tried already is not tried again."""
     if endpoint.assignment or not endpoints.EndpointSettings.of(endpoint).automatic:
         return None
-    release = registry.latest_release(session, endpoint.model)
+    release = releases.latest_release(session, endpoint.model)
     if release is None or endpoints.open_rollout(session, endpoint) is not None:
         return None
     tried = session.scalars(

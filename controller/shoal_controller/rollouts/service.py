@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shoal_controller import endpoints, registry
+from shoal_controller import endpoints, releases
 from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock
 from shoal_controller.rollouts import machine, observe, plan, records
@@ -142,7 +142,7 @@ def create(
 def _release(session: Session, endpoint: Endpoint, key: str) -> Release:
     if key:
         return find(session, Release, key)
-    release = registry.latest_release(session, endpoint.model)
+    release = releases.latest_release(session, endpoint.model)
     if release is None:
         raise Conflict(
             f"The model of '{endpoint.name}' has no release yet.",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal_agent.telemetry import sketches
 from shoal_agent.telemetry.histograms import ExponentialHistogram
-from shoal_controller.loop import monitor
+from shoal_controller.loop import drift, monitor
 from shoal_controller.loop.monitor import MonitorSettings, OpenFinding, Served, Signal, Span
 from shoal_controller.loop.policy import FrontPoint, next_faster
 from shoal_protos.v1.telemetry_pb2 import SketchSet
@@ -83,10 +83,10 @@ def test_other_kinds_and_rules_are_not_compared(served: Served) -> None:
 def test_the_nearest_threshold_is_never_of_a_larger_window() -> None:
     table = {str(n): {"psi": 1 / n} for n in (10, 50, 200)} | {"x": {"psi": 9.0}}
     for items, size in ((5, 10), (10, 10), (49, 10), (60, 50), (10_000, 200)):
-        found = monitor.nearest_threshold(table, items, 200)
+        found = drift.nearest_threshold(table, items, 200)
         assert found is not None and found[0] == size
-    assert monitor.nearest_threshold(table, 500, 100) == (50, {"psi": 1 / 50})
-    assert monitor.nearest_threshold({}, 50, 200) is None
+    assert drift.nearest_threshold(table, 500, 100) == (50, {"psi": 1 / 50})
+    assert drift.nearest_threshold({}, 50, 200) is None
 
 
 def latencies(ms: float, count: int = 60) -> Any:
