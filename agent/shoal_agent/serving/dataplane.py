@@ -12,56 +12,30 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal_agent import runtimes
-from shoal_agent.runtimes.base import Facts, Instance, Options
-from shoal_agent.runtimes.golden import example_inputs
+from shoal_agent.runtimes.base import Instance
 from shoal_agent.runtimes.tensors import Array
 from shoal_agent.serving import samples
-from shoal_agent.serving.batching import Done, Lane, Outputs, Speed, measure_speed, run_guarded
+from shoal_agent.serving.batching import Done, Lane, Outputs, Speed, run_guarded
 from shoal_agent.serving.feedback import KEEP_S, Feedback, class_indices
+from shoal_agent.serving.loading import ROLES, Loaded, Source, build
 from shoal_agent.serving.observer import Observer, is_empty
 from shoal_agent.serving.samples import Recorder
 from shoal_agent.serving.shadow import Shadow
-from shoal_agent.serving.wire import Codec
 from shoal_agent.telemetry.sampling import Policy
-from shoal_protos.bundle import Bundle, open_bundle
 from shoal_protos.errors import InvalidInput, NotFound, ShoalError
-from shoal_protos.v1.desired_pb2 import ROLE_PRIMARY, ROLE_SHADOW, PlacementSettings
+from shoal_protos.v1.desired_pb2 import PlacementSettings
 from shoal_protos.v1.telemetry_pb2 import TelemetryWindow
 
 log = logging.getLogger("shoal.serving")
 
-ROLES: Mapping[str, int] = {"primary": ROLE_PRIMARY, "shadow": ROLE_SHADOW}
 _NAME_LIMIT = 128
 MAX_RETIRED = 16  # replaced bundles whose labels and samples may still come
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A bundle in memory under one endpoint."""
-
-    endpoint: str
-    version: str
-    role: str
-    bundle: Bundle
-    settings: PlacementSettings
-    instance: Instance
-    speed: Speed
-    facts: Facts
-    codec: Codec
-    observer: Observer
-    lane: Lane
-    recorder: Recorder
-
-    @property
-    def predicts_classes(self) -> bool:
-        return self.bundle.config.signature.output_kind == "logits"
 
 
 @dataclass(frozen=True)
@@ -177,7 +151,8 @@ class DataPlane:
                 fresh = self._resettle(current, settings)
             else:
                 try:
-                    fresh = self._build(name, store, digest, version, role, settings, verify)
+                    source = Source(name, store, digest, version, role, settings, verify)
+                    fresh = build(source, self._policy(settings), self._lane)
                 except ShoalError as error:
                     if current is None and role == "primary":
                         self._failed[name] = (version, digest, error.message)
@@ -185,37 +160,8 @@ class DataPlane:
             self._bind(fresh)
             return fresh
 
-    def _build(
-        self,
-        name: str,
-        store: Path,
-        digest: str,
-        version: str,
-        role: str,
-        settings: PlacementSettings,
-        verify: bool,
-    ) -> Loaded:
-        bundle = open_bundle(store, digest, verify=verify)
-        signature = bundle.config.signature
-        examples = example_inputs(bundle, limit=1)
-        runtime = runtimes.find(bundle.config.runtime.name)
-        instance = runtime.load(bundle, Options.from_proto(settings.options))
-        open_batch = all(spec.shape and spec.shape[0] == -1 for spec in signature.inputs)
-        speed = measure_speed(instance, examples, open_batch)
-        return Loaded(
-            endpoint=name,
-            version=version,
-            role=role,
-            bundle=bundle,
-            settings=settings,
-            instance=instance,
-            speed=speed,
-            facts=instance.facts(),
-            codec=Codec(name, version, signature),
-            observer=Observer(name, bundle.digest, ROLES[role], signature),
-            lane=Lane(instance, speed, self.loop, self.executor, self._workers, self._max_queue),
-            recorder=Recorder(name, bundle.digest, signature, self._policy(settings)),
-        )
+    def _lane(self, instance: Instance, speed: Speed) -> Lane:
+        return Lane(instance, speed, self.loop, self.executor, self._workers, self._max_queue)
 
     def _resettle(self, current: Loaded, settings: PlacementSettings) -> Loaded:
         current.recorder.set_policy(self._policy(settings))
@@ -293,11 +239,13 @@ class DataPlane:
         """Runs a checked request in the event loop; `answer` gets outputs or the error, exactly once."""
 
         def done(outcome: Outputs | ShoalError, queue_ns: int, compute_ns: int, share: float) -> None:
-            try:
+            try:  # a defect here must not lose the answers of the others in the batch
                 answer(outcome)
+                self._after(
+                    loaded, inputs, items, request_id, started_ns, outcome, queue_ns, compute_ns, share
+                )
             except Exception:
-                log.exception("An answer could not be written.")
-            self._after(loaded, inputs, items, request_id, started_ns, outcome, queue_ns, compute_ns, share)
+                log.exception("An answer could not be written or counted.")
 
         self._start(loaded, inputs, items, started_ns, answer, done)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal_agent.runtimes.tensors import DTYPES
-from shoal_agent.serving.dataplane import Loaded
+from shoal_agent.serving.loading import Loaded
 from shoal_protos import __version__
 
 SERVER_NAME = "shoal"

@@ -28,10 +28,21 @@ from shoal_agent.serving.requests import HEADER_LENGTH, Reply, infer
 from shoal_protos.errors import Conflict, InvalidInput
 
 KEEP_ALIVE_S = 75
+FRESH_S = 0.2  # what a connection without a request yet gets when the server stops
 MAX_UNIX_PATH = 100  # the kernel's limit is 107 bytes
 _INFER = re.compile(rb"/v2/models/([^/?#]+)(?:/versions/([^/?#]+))?/infer\Z")
 _MAX_TARGETS = 256
 _JOIN_BELOW = 1 << 16  # larger answers are handed over in pieces instead of copied once more
+
+
+class _NobodyWaits:
+    """Stands for the event that uvicorn sets when a connection is lost."""
+
+    def set(self) -> None:
+        """Nothing waits on the fast path."""
+
+
+_NOBODY_WAITS = _NobodyWaits()
 
 
 class _FastCycle:
@@ -44,10 +55,7 @@ class _FastCycle:
         self.keep_alive = keep_alive
         self.response_complete = False
         self.disconnected = False
-        self.message_event = self
-
-    def set(self) -> None:
-        """The message event's only call from outside: nobody waits here."""
+        self.message_event = _NOBODY_WAITS
 
 
 class InferProtocol(HttpToolsProtocol):
@@ -173,9 +181,15 @@ class Listener:
     async def close(self, grace_s: float) -> None:
         """Accepts no more, lets running requests end, then cuts what is left."""
         self._server.close()
-        for connection in list(self._state.connections):
-            connection.shutdown()
         end = asyncio.get_running_loop().time() + grace_s
+        fresh = [part for part in self._state.connections if getattr(part, "cycle", None) is None]
+        for connection in list(self._state.connections):
+            if connection not in fresh:
+                connection.shutdown()
+        if fresh:  # their first request may be on its way
+            await asyncio.sleep(min(grace_s, FRESH_S))
+            for connection in fresh:
+                connection.shutdown()
         while (self._state.connections or self._state.tasks) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.02)
         for connection in list(self._state.connections):

@@ -17,7 +17,8 @@ from shoal_agent.telemetry.histograms import bucket_bounds
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-    from shoal_agent.serving.dataplane import DataPlane, Loaded
+    from shoal_agent.serving.dataplane import DataPlane
+    from shoal_agent.serving.loading import Loaded
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds in seconds: from a small network's 50 us to a stalled second.

@@ -15,7 +15,7 @@ from shoal_agent.serving.feedback import Feedback
 from shoal_protos.errors import ShoalError
 
 if TYPE_CHECKING:
-    from shoal_agent.serving.dataplane import Loaded
+    from shoal_agent.serving.loading import Loaded
 
 MAX_WAITING = 64
 MAX_WAITING_BYTES = 16 << 20

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal_agent.serving.dataplane import DataPlane, Loaded
+from shoal_agent.serving.dataplane import DataPlane
 from shoal_agent.serving.feedback import Feedback
 from shoal_agent.serving.http import Listener
+from shoal_agent.serving.loading import Loaded
 from shoal_agent.serving.observer import ALWAYS_SKETCHED, Observer
 from shoal_agent.telemetry import histograms
 from shoal_protos.bundle import Bundle
