@@ -254,22 +254,50 @@ def _measure_windows(
     windows: int,
     seed: int,
 ) -> dict[int, dict[str, float]]:
-    from shoal_agent.telemetry.distances import largest
-    from shoal_agent.telemetry.sketches import sketch
+    from shoal_agent.telemetry.distances import ks_of_counts, psi_of_counts
 
     random = np.random.default_rng(seed)
+    bins = _item_bins(reference, clean, low, high)
     found: dict[int, dict[str, float]] = {}
     for size in (size for size in sizes if size <= len(clean)):
+        picks = np.stack([random.choice(len(clean), size, replace=False) for _ in range(windows)])
         worst = {"psi": 0.0, "ks": 0.0}
-        for _ in range(windows):
-            chosen = random.choice(len(clean), size, replace=False)
-            distance = largest(reference, sketch(reference.kind, clean[chosen], low, high))
-            worst = {name: max(worst[name], distance[name][0]) for name in worst}
+        for expected, places in bins:
+            seen = _window_counts(places[picks], len(expected))
+            for name, distance in (("psi", psi_of_counts), ("ks", ks_of_counts)):
+                worst[name] = max(worst[name], float(distance(expected, seen).max()))
         found[size] = {name: value * MARGIN for name, value in worst.items()}
     raised = _raised_by_smaller(found, len(clean))
     return {
         size: {name: float(f"{value:.4g}") for name, value in worst.items()} for size, worst in raised.items()
     }
+
+
+def _item_bins(
+    reference: SketchSet, items: np.ndarray, low: float | None, high: float | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(reference counts [bins], bin of each item [n]) per statistic, by the sketches' own rule.
+
+    Computed once for all windows: sketching each of hundreds of windows anew takes seconds.
+    """
+    from shoal_agent.telemetry.sketches import CLASS_SHARE, statistics
+
+    bounds = (float("nan") if bound is None else float(bound) for bound in (low, high))
+    values = statistics(reference.kind, items, *bounds)
+    found = []
+    for part in reference.sketches:
+        column = np.asarray(values["class" if part.name == CLASS_SHARE else part.name], np.float64)
+        places = ((column - part.low) / part.width).astype(np.int64)
+        expected = np.asarray(part.counts, np.float64)
+        found.append((expected, np.clip(places, 0, len(expected) - 1)))
+    return found
+
+
+def _window_counts(places: np.ndarray, bins: int) -> np.ndarray:
+    """Counts [windows, bins] of bin numbers [windows, items]."""
+    windows = len(places)
+    flat = (places + np.arange(windows)[:, None] * bins).ravel()
+    return np.bincount(flat, minlength=windows * bins).reshape(windows, bins).astype(np.float64)
 
 
 def _raised_by_smaller(found: dict[int, dict[str, float]], pool: int) -> dict[int, dict[str, float]]:

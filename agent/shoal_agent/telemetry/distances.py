@@ -22,15 +22,7 @@ def psi(reference: Sketch, window: Sketch) -> float:
 
     Returns 0.0 when either sketch is empty. Raises InvalidInput on different bins.
     """
-    expected, seen = _counts(reference, window)
-    if expected.sum() == 0 or seen.sum() == 0:
-        return 0.0
-    starts = _decile_starts(expected)
-    p, q = (
-        (grouped + _PRIOR) / (grouped.sum() + _PRIOR * len(grouped))
-        for grouped in (np.add.reduceat(expected, starts), np.add.reduceat(seen, starts))
-    )
-    return float(((q - p) * np.log(q / p)).sum())
+    return float(psi_of_counts(*_counts(reference, window)))
 
 
 def ks(reference: Sketch, window: Sketch) -> float:
@@ -38,10 +30,30 @@ def ks(reference: Sketch, window: Sketch) -> float:
 
     Raises InvalidInput on different bins.
     """
-    expected, seen = _counts(reference, window)
-    if expected.sum() == 0 or seen.sum() == 0:
-        return 0.0
-    return float(np.abs(np.cumsum(expected) / expected.sum() - np.cumsum(seen) / seen.sum()).max())
+    return float(ks_of_counts(*_counts(reference, window)))
+
+
+def psi_of_counts(expected: Array, seen: Array) -> Array:
+    """`psi` of bin counts: `expected` [bins], `seen` [..., bins], one distance for each of `seen`."""
+    if expected.sum() == 0:
+        return np.zeros(seen.shape[:-1])
+    starts = _decile_starts(expected)
+    p, q = (
+        (grouped + _PRIOR) / (grouped.sum(axis=-1, keepdims=True) + _PRIOR * grouped.shape[-1])
+        for grouped in (np.add.reduceat(expected, starts), np.add.reduceat(seen, starts, axis=-1))
+    )
+    distance: Array = ((q - p) * np.log(q / p)).sum(axis=-1)
+    return np.where(seen.sum(axis=-1) == 0, 0.0, distance)
+
+
+def ks_of_counts(expected: Array, seen: Array) -> Array:
+    """`ks` of bin counts: `expected` [bins], `seen` [..., bins], one distance for each of `seen`."""
+    if expected.sum() == 0:
+        return np.zeros(seen.shape[:-1])
+    total = seen.sum(axis=-1, keepdims=True)
+    shares = np.cumsum(seen, axis=-1) / np.maximum(total, 1)
+    distance: Array = np.abs(np.cumsum(expected) / expected.sum() - shares).max(axis=-1)
+    return np.where(total[..., 0] == 0, 0.0, distance)
 
 
 def largest(reference: SketchSet, window: SketchSet) -> dict[str, tuple[float, str]]:
