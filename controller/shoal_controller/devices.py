@@ -1,4 +1,4 @@
-"""Devices as people see them: one view a device, its status with the reason, patching and revoking."""
+"""Devices as people see them: one view a device, patching and revoking."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shoal_controller.clock import Clock
+from shoal_controller.device_status import FindingFacts, PlacementFacts, StatusFacts, judge
 from shoal_controller.enrolment import unique_name
 from shoal_controller.gateway.connections import Connections
 from shoal_controller.query import stable_facts
@@ -23,127 +24,9 @@ from shoal_controller.store.tables import Desired, Device, Endpoint, Finding, Mo
 from shoal_protos.errors import Conflict, InvalidInput
 from shoal_protos.v1 import agents_pb2, profile_pb2
 
-STATUSES = ("healthy", "updating", "degraded", "drifting", "offline", "revoked")
-STATUS_LETTERS = {
-    "healthy": "h",
-    "updating": "u",
-    "degraded": "d",
-    "drifting": "r",
-    "offline": "o",
-    "revoked": "x",
-}
-DRIFT_KINDS = frozenset({"input_drift", "output_drift", "confidence", "accuracy", "accuracy_drop", "drift"})
-QUIET_KINDS = frozenset({"new_class", "fallback", "runtime_upgrade"})  # say nothing against a device
 FRESH_SECONDS = 900  # older figures are not shown as current
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}\Z")
 MAX_LABELS = 32
-
-_STEP = agents_pb2.Step
-BUSY_STEPS = frozenset(
-    {
-        _STEP.STEP_WAITING,
-        _STEP.STEP_FETCH,
-        _STEP.STEP_VERIFY,
-        _STEP.STEP_PROBE,
-        _STEP.STEP_SWITCH,
-        _STEP.STEP_SETTLE,
-    }
-)
-FAILED_STEPS = frozenset({_STEP.STEP_ROLLED_BACK, _STEP.STEP_FAILED})
-
-
-def step_name(step: int) -> str:
-    """`STEP_ROLLED_BACK` -> `rolled_back`; "" for the unspecified one."""
-    try:
-        name = agents_pb2.Step.Name(step)  # type: ignore[arg-type]
-    except ValueError:
-        return "unknown"
-    return "" if step == 0 else name.removeprefix("STEP_").lower()
-
-
-@dataclass(frozen=True)
-class PlacementFacts:
-    """One placement as the device reported it last. `wanted` and `serving` are bundles."""
-
-    endpoint: str
-    wanted: str
-    serving: str
-    step: int
-    reason: str = ""
-    detail: str = ""
-    fallback: bool = False
-    wanted_name: str = ""
-    serving_name: str = ""
-    serves: str = ""  # "digits v1"
-
-
-@dataclass(frozen=True)
-class FindingFacts:
-    kind: str
-    sentence: str
-
-
-@dataclass(frozen=True)
-class StatusFacts:
-    """What a status is judged by. Times in Unix ms."""
-
-    revoked: bool
-    connected: bool
-    last_seen_ms: int
-    now_ms: int
-    offline_after_s: float
-    behind: bool  # has not adopted the newest desired state
-    clock_wrong: bool
-    throttled: bool
-    refusal: str
-    placements: Sequence[PlacementFacts] = ()
-    findings: Sequence[FindingFacts] = ()
-
-
-def judge(facts: StatusFacts) -> tuple[str, str]:
-    """(status, reason) of a device; the worst that applies. Pure."""
-    if facts.revoked:
-        return "revoked", "it was revoked"
-    if not facts.connected and facts.now_ms - facts.last_seen_ms > facts.offline_after_s * 1000:
-        if not facts.last_seen_ms:
-            return "offline", "it has joined but never connected"
-        return "offline", f"nothing heard for {_span(facts.now_ms - facts.last_seen_ms)}"
-    worse = _degraded(facts)
-    if worse:
-        return "degraded", worse
-    busy = next((p for p in facts.placements if p.step in BUSY_STEPS), None)
-    if busy is not None:
-        return "updating", f"{busy.endpoint}: {step_name(busy.step)}"
-    if facts.behind:
-        return "updating", "it has not adopted the newest desired state yet"
-    drift = next((f for f in facts.findings if f.kind in DRIFT_KINDS), None)
-    if drift is not None:
-        return "drifting", drift.sentence
-    return "healthy", ""
-
-
-def _degraded(facts: StatusFacts) -> str:
-    failed = next((p for p in facts.placements if p.step in FAILED_STEPS), None)
-    if failed is not None:
-        step = step_name(failed.step).replace("_", " ")
-        return f"{failed.endpoint}: {step}, {failed.reason or 'no reason given'}"
-    if facts.refusal:
-        return f"it refused its desired state: {facts.refusal}"
-    finding = next((f for f in facts.findings if f.kind not in DRIFT_KINDS | QUIET_KINDS), None)
-    if finding is not None:
-        return finding.sentence
-    if facts.clock_wrong:
-        return "its clock is wrong"
-    return "it is throttled by heat or power" if facts.throttled else ""
-
-
-def _span(ms: int) -> str:
-    seconds = ms // 1000
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
 
 # ---------------------------------------------------------------------------- views
 

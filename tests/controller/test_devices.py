@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from shoal_agent.telemetry import histograms
 from shoal_controller import windows
-from shoal_controller.devices import FindingFacts, PlacementFacts, StatusFacts, judge
+from shoal_controller.device_status import FindingFacts, PlacementFacts, StatusFacts, judge
 from shoal_controller.intake import Intake
 from shoal_controller.metrics import cumulative_buckets, wilson
 from shoal_controller.store.repositories import Store

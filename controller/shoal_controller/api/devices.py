@@ -15,7 +15,8 @@ from shoal_controller import devices, metrics, query, windows
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.api.events import event_view
-from shoal_controller.devices import STATUS_LETTERS, STATUSES, DeviceView
+from shoal_controller.device_status import STATUS_LETTERS, STATUSES, step_name
+from shoal_controller.devices import DeviceView
 from shoal_controller.events import list_events
 from shoal_controller.services import Services
 from shoal_controller.store.repositories import find, new_id, record
@@ -108,7 +109,7 @@ def _device_fields(view: DeviceView) -> dict[str, Any]:
                 wanted=p.wanted_name,
                 serving=p.serving,
                 variant=p.serving_name,
-                step=devices.step_name(p.step),
+                step=step_name(p.step),
                 reason=p.reason,
                 detail=p.detail,
                 fallback=p.fallback,

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 from shoal_controller import metrics
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ServicesDep
-from shoal_controller.devices import STATUSES, DeviceView
+from shoal_controller.device_status import STATUSES
+from shoal_controller.devices import DeviceView
 from shoal_controller.services import Services
 from shoal_controller.store.tables import Endpoint, Finding, Model, Optimization, Rollout, Version
 from shoal_optimizer import objective as objectives
