@@ -135,6 +135,7 @@ def test_classes_of_this_and_of_other_machines() -> None:
         cli.machine_classes(["nonsense"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_and_the_same_command_goes_on(quadrants_path: Path, tmp_path: Path) -> None:
     arguments = (str(quadrants_path), "--out", "out", "--minutes", "0.01")
     child = shoal(*arguments, cwd=tmp_path)

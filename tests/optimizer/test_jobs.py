@@ -312,6 +312,7 @@ def test_an_unchanged_field_keeps_what_serves(
     assert not of(events, "variant") and only(events, "done")["choice"] == {}
 
 
+@pytest.mark.slow
 def test_a_changed_field_adapts_and_the_serving_recipe_is_made_again(
     ingest: tuple[Path, list[Event]], quadrants_path: Path, tmp_path: Path
 ) -> None:
