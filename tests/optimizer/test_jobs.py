@@ -267,7 +267,7 @@ def test_killed_in_the_middle_it_goes_on(
 
 
 def field_of(path: Path, folder: Path, *, changed: bool) -> dict[str, Any]:
-    """A sketch of evaluation inputs, flatter, brighter and noisier if `changed`, and labelled samples of them."""
+    """Sketch and labelled samples of evaluation inputs; flatter, brighter and noisier if `changed`."""
     task = load_task(path)
     data, random = task.required("evaluation"), np.random.default_rng(0)
     spec = task.input
