@@ -427,7 +427,9 @@ class Story:
         )
 
     def drift(self) -> schemas.Finding | None:
-        return next((f for f in self.client.findings() if f.kind == "input_drift"), None)
+        """The first drift finding: the loop acts on it, the other classes' join in."""
+        found = [finding for finding in self.client.findings() if finding.kind == "input_drift"]
+        return min(found, key=lambda finding: finding.id, default=None)
 
     def acting(self, finding: str) -> schemas.Finding | None:
         found = self.client.finding(finding)
