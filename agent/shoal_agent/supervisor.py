@@ -132,6 +132,7 @@ class Supervisor:
         )
         self._system = system.SystemFacts(self._paths.root, lambda: self._server.pid)
         self._pulling = asyncio.Lock()
+        self._incoming: asyncio.Queue[desired_pb2.Signed] = asyncio.Queue(8)
         self._ready = asyncio.Event()  # the stored desired state was taken up
         self._window_start_ns = self._clock.monotonic_ns()
         self._telemetry_s = float(config.telemetry_seconds)
@@ -174,6 +175,7 @@ class Supervisor:
     def _parts(self) -> list[Coroutine[Any, Any, None]]:
         return [
             self._server.run(),
+            self._admissions(),
             self._reports(),
             self._telemetry(),
             self._samples.run(),
@@ -246,7 +248,15 @@ class Supervisor:
             self._report_soon()
 
     async def on_desired(self, signed: desired_pb2.Signed) -> None:
+        await self._incoming.put(signed)
+
+    async def _admissions(self) -> None:
+        """Apart from the link's reader: checking a signature must not hold up heartbeats."""
         await self._ready.wait()
+        while True:
+            await self._admit(await self._incoming.get())
+
+    async def _admit(self, signed: desired_pb2.Signed) -> None:
         try:
             state = await asyncio.to_thread(self._trust.admit, signed)
         except Refused as refusal:
