@@ -34,9 +34,10 @@ def demo(
     """
     from shoal_controller.demo import story
     from shoal_controller.demo.narrator import Narrator
+    from shoal_controller.demo.scene import Plan
 
     check_installed()
-    plan = story.Plan(
+    plan = Plan(
         task=find_task(task),
         root=(home or story.scratch()).absolute(),
         json=json_file,
