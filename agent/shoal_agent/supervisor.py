@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from shoal_agent import features, logs, profile, reporting, vault
+from shoal_agent import features, logs, memory, profile, reporting, vault
 from shoal_agent.clock import Clock, SystemClock
 from shoal_agent.config import Config
 from shoal_agent.fs import Fs, RealFs
@@ -392,6 +392,7 @@ class Supervisor:
             await self._pull()
             if self._server.up:
                 await self._samples.collect()
+            memory.release()
 
     async def _pull(self) -> None:
         """Takes the server's counts; spools them if there was traffic, or a minute has passed."""
@@ -508,6 +509,7 @@ async def supervise(config: Config) -> None:
         Conflict: another agent runs on the same state directory.
         NotFound: this device has not joined.
     """
+    memory.restrict()
     config.paths.create()
     with locked(config.paths):
         logs.set_up(config.paths.logs)

@@ -28,7 +28,7 @@ class Rights:
 
     @property
     def n(self) -> int:
-        return int(self.table.size)
+        return int(self.table.shape[1])
 
     @property
     def interval(self) -> tuple[float, float]:
