@@ -73,7 +73,9 @@ def small() -> tuple[fleets.Fleet, Client]:
     return fleet, Client(application(fleet))
 
 
-@pytest.fixture(scope="session")
+# Module, not session: Playwright's loop runs in this thread until it is stopped, and tests with
+# loops of their own may follow in the same process.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip("Chromium is not installed: apt-get install chromium")

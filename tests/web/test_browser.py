@@ -254,6 +254,7 @@ def test_ten_thousand_devices(browser: Any, huge_server: Served) -> None:
         page.wait_for_url("**offset=36**")
         page.click("shoal-map .map-label a >> nth=0")
         page.wait_for_url("**filter=class**")
+        page.wait_for_selector("shoal-map canvas")
         assert page.locator("shoal-map canvas").count() == 1
 
 
