@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -60,6 +61,12 @@ def _literal(node: ast.expr, name: str, attribute: str) -> list[str]:
     return list(value)
 
 
+def locate(folder: Path, name: str) -> Path:
+    """Where a task's file lies: beside the task, else in the directory that SHOAL_DATA names."""
+    elsewhere = Path(os.environ.get("SHOAL_DATA", folder)) / name
+    return elsewhere if not (folder / name).exists() and elsewhere.is_file() else folder / name
+
+
 def travelling(task: Path) -> list[str]:
     """The names that travel with a task: what its `files` declares and what of its `optional_files` is
     there; an ONNX file's `.npz`.
@@ -73,7 +80,7 @@ def travelling(task: Path) -> list[str]:
         source = task.read_text()
         optional = declared_files(source, task.name, "optional_files")
         return declared_files(source, task.name) + [
-            name for name in optional if (task.parent / name).exists()
+            name for name in optional if locate(task.parent, name).exists()
         ]
     except OSError as error:
         raise InvalidInput(f"The task file {task} cannot be read: {error.strerror}.") from error
@@ -114,7 +121,7 @@ def _expand(folder: Path, name: str) -> list[str]:
 
 
 def _add(archive: tarfile.TarFile, folder: Path, name: str) -> None:
-    path = folder / name
+    path = locate(folder, name)
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shoal_controller.api import schemas
-from shoal_controller.cli.packing import travelling
+from shoal_controller.cli.packing import locate, travelling
 from shoal_controller.demo import cast, evidence, figures, timing, worsening
 from shoal_controller.demo.applications import Applications, Feed
 from shoal_controller.demo.narrator import Narrator
@@ -76,7 +76,7 @@ class Story(Scene):
         folder.mkdir()
         self.task_file = Path(shutil.copy(self.plan.task, folder))
         for name in travelling(self.plan.task):
-            copy_into(self.plan.task.parent / name, folder / name)
+            copy_into(locate(self.plan.task.parent, name), folder / name)
         self.known = set(folder.iterdir())
         command = [sys.executable, self.task_file.name]
         self.training = self.stage.start("training", command, cwd=folder, ends=True)
