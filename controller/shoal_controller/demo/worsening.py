@@ -18,13 +18,13 @@ NOISE_SEED = 20
 
 @dataclass(frozen=True)
 class Severity:
-    """`contrast`: factor of the distance to the middle of the range; `noise`: sigma as share of the range."""
+    """`contrast`: factor of the distance to the range's middle; `noise`: sigma as share of the spread."""
 
     contrast: float
     noise: float
 
     def __str__(self) -> str:
-        return f"contrast {self.contrast:.2f}, noise {self.noise:.3f} of the range"
+        return f"contrast {self.contrast:.2f}, noise {self.noise:.3f} of the inputs' spread"
 
 
 # From hardly visible to hardly readable, in steps small enough that one of them costs 20 to 30 points.
@@ -34,9 +34,10 @@ SEVERITIES = tuple(Severity(1 - 0.01 * step, 0.003 * step) for step in range(8, 
 def worsen(inputs: Array, severity: Severity, low: float, high: float, seed: int = NOISE_SEED) -> Array:
     """A changed copy of endpoint inputs [n, ...] in the same dtype, kept inside `low` .. `high`.
 
-    The same item at the same place gets the same noise for one seed.
+    The same item at the same place gets the same noise for one seed. Noise is relative to what the
+    inputs use of their range, four standard deviations at most: a recording rarely fills its 16 bits.
     """
-    middle, width = (low + high) / 2, high - low
+    middle, width = (low + high) / 2, min(high - low, 4 * float(inputs.std()))
     noise = np.random.default_rng(seed).normal(0.0, severity.noise * width, inputs.shape)
     changed = np.clip((inputs.astype(np.float64) - middle) * severity.contrast + middle + noise, low, high)
     return (np.rint(changed) if np.issubdtype(inputs.dtype, np.integer) else changed).astype(inputs.dtype)
