@@ -2,8 +2,9 @@
 
     python benchmarks/demo.py [--rounds 3] [--quick] [--json FILE]
 
-Each round is a fresh fleet in a fresh directory with its own training run. With several rounds a
-figure is the mean with Student's 95 % interval over rounds; with one it is that round's own.
+Each round is a fresh fleet in a fresh directory that trains anew from the same seed. With several
+rounds a figure is the mean with Student's 95 % interval over rounds, which says how it repeats, not
+how well 350 test images know an accuracy; with one round it is that round's own interval.
 """
 
 from __future__ import annotations
