@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from shoal_agent.fs import RealFs
 from shoal_controller.clock import Clock, now_ms
 from shoal_controller.store.tables import Blob, Optimization, Sample, Trial, Variant, Version
 from shoal_protos.bundle import (
@@ -169,7 +170,7 @@ class BlobStore:
         target = blob_path(self.root, digest)
         if not target.exists():
             temporary.replace(target)
-            _sync_directory(target.parent)
+            RealFs().fsync_directory(target.parent)
 
     # ------------------------------------------------------------------ what devices push
 
@@ -323,11 +324,3 @@ def _digests(value: Any) -> set[str]:
 def _sync(stream: BinaryIO | Any) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from shoal_agent.fs import RealFs
 from shoal_controller.settings import check_private
 from shoal_protos.errors import Conflict, Denied, InvalidInput
 from shoal_protos.signing import public_bytes
@@ -262,17 +263,9 @@ def _create(directory: Path, fleet: str) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-    _sync_directory(fresh)
+    RealFs().fsync_directory(fresh)
     fresh.replace(directory)
-    _sync_directory(directory.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    RealFs().fsync_directory(directory.parent)
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from shoal_agent.telemetry import histograms
+from shoal_agent.telemetry.intervals import wilson
 from shoal_controller import windows
 from shoal_controller.clock import Clock
 from shoal_controller.store.repositories import Store
@@ -36,7 +36,6 @@ RECENT_SECONDS = 300
 MAX_SERIES = 500  # (endpoint, class) pairs; what comes later is counted as "other"
 MAX_ROWS = 50_000  # windows read for one answer, newest first
 BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5)
-Z95 = 1.959964
 
 
 # ---------------------------------------------------------------------------- recent figures
@@ -84,14 +83,6 @@ class Figures:
         self.correct += other.correct
         self.seconds = max(self.seconds, other.seconds)
         self.latency = histograms.merge(self.latency, other.latency)
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (E. B. Wilson, 1927)."""
-    share, z2 = successes / n, Z95 * Z95
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def recent_figures(

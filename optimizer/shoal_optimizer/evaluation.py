@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_agent.telemetry.intervals import Z95, wilson
 from shoal_optimizer.targets.base import Exported, load_exported, run_instance
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from shoal_optimizer.data import TaskData
     from shoal_optimizer.task import Task
 
-Z95 = 1.959963984540054
 BOOTSTRAP_ROUNDS = 400
 
 
@@ -50,16 +50,6 @@ class Score:
             "n": self.n,
             "per_class": {name: {"recall": r, "n": n} for name, (r, n) in self.per_class.items()},
         }
-
-
-def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share; (0, 1) without data."""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = successes / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def bootstrap(

@@ -9,10 +9,11 @@ import pytest
 from sqlalchemy import func, select
 
 from shoal_agent.telemetry import histograms
+from shoal_agent.telemetry.intervals import wilson
 from shoal_controller import windows
 from shoal_controller.device_status import FindingFacts, PlacementFacts, StatusFacts, judge
 from shoal_controller.intake import Intake
-from shoal_controller.metrics import cumulative_buckets, wilson
+from shoal_controller.metrics import cumulative_buckets
 from shoal_controller.store.repositories import Store
 from shoal_controller.store.tables import Device, Optimization, Sample, Spool, Trial, Version, Window
 from shoal_protos.errors import Denied, InvalidInput

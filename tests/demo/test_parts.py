@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal_agent.telemetry.intervals import wilson
 from shoal_controller.cli.demo import find_task
 from shoal_controller.demo import evidence, figures, timing, worsening
 from shoal_controller.demo.relay import Relay
@@ -82,7 +83,7 @@ class TestEvidence:
     @given(st.integers(0, 400), st.integers(1, 400))
     def test_wilson_holds_the_share(self, right: int, n: int) -> None:
         right = min(right, n)
-        low, high = figures.wilson(right, n)
+        low, high = wilson(right, n)
         assert 0 <= low <= right / n + 1e-9
         assert right / n - 1e-9 <= high <= 1
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal_agent.telemetry.intervals import wilson
 from shoal_optimizer import targets
-from shoal_optimizer.evaluation import bootstrap, evaluate_exported, evaluate_model, score, wilson
+from shoal_optimizer.evaluation import bootstrap, evaluate_exported, evaluate_model, score
 from shoal_optimizer.task import Task
 
 

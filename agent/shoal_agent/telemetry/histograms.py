@@ -75,20 +75,26 @@ class ExponentialHistogram:
 
 
 def merge(first: Histogram, second: Histogram) -> Histogram:
-    """The histogram of both sets of values. Different scales meet at the coarser one.
+    """The histogram of both sets of values; see `merge_all`."""
+    return merge_all((first, second))
+
+
+def merge_all(parts: Iterable[Histogram]) -> Histogram:
+    """The histogram of all sets of values. Different scales meet at the coarsest one.
 
     Raises:
         InvalidInput: a scale or a number of buckets that no agent sends.
     """
-    check(first)
-    check(second)
-    if first.count == 0 or second.count == 0:
-        kept = Histogram()
-        kept.CopyFrom(second if first.count == 0 else first)
-        return kept
-    scale = min(first.scale, second.scale)
+    used = []
+    for part in parts:
+        check(part)
+        if part.count:
+            used.append(part)
+    if not used:
+        return Histogram(scale=SCALE)
+    scale = min(part.scale for part in used)
     buckets: dict[int, int] = {}
-    for part in (first, second):
+    for part in used:
         shift = part.scale - scale
         for position, count in enumerate(part.counts):
             if count:
@@ -97,19 +103,12 @@ def merge(first: Histogram, second: Histogram) -> Histogram:
     return _histogram(
         scale,
         buckets,
-        first.count + second.count,
-        first.sum + second.sum,
-        min(first.min, second.min),
-        max(first.max, second.max),
-        first.zero_count + second.zero_count,
+        sum(part.count for part in used),
+        sum(part.sum for part in used),
+        min(part.min for part in used),
+        max(part.max for part in used),
+        sum(part.zero_count for part in used),
     )
-
-
-def merge_all(parts: Iterable[Histogram]) -> Histogram:
-    result = Histogram(scale=SCALE)
-    for part in parts:
-        result = merge(result, part)
-    return result
 
 
 def quantile(histogram: Histogram, q: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal_controller.demo.figures import wilson
+from shoal_agent.telemetry.intervals import wilson
 
 Array = np.ndarray[Any, Any]
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal_agent.telemetry.intervals import Z95
+
 PACKAGES = ("shoal", "torch", "onnxruntime", "openvino", "numpy", "tritonclient", "grpcio")
 
 
@@ -27,22 +29,11 @@ def figure(
     return found
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson)."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    share = right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of a median by order statistics (binomial, normal approximation)."""
     ordered = sorted(values)
     n = len(ordered)
-    reach = 1.959964 * math.sqrt(n) / 2
+    reach = Z95 * math.sqrt(n) / 2
     low = max(0, math.floor(n / 2 - reach))
     high = min(n - 1, math.ceil(n / 2 + reach))
     return ordered[low], ordered[high]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from shoal_agent.telemetry import histograms
+from shoal_agent.telemetry.intervals import wilson
 from shoal_protos.v1 import telemetry_pb2 as pb
 
 CONFIDENCE = 0.95
@@ -55,34 +57,10 @@ class Pair:
 # ------------------------------------------------------------------ histograms
 
 
-def merge_histograms(histograms: Iterable[pb.Histogram]) -> pb.Histogram | None:
-    """Adds histograms of possibly different scales: counts move to the coarsest scale.
-
-    Returns None when there is nothing to add.
-    """
-    parts = [h for h in histograms if h.count]
-    if not parts:
-        return None
-    scale = min(h.scale for h in parts)
-    counts: dict[int, int] = {}
-    for part in parts:
-        shift = part.scale - scale
-        for position, count in enumerate(part.counts):
-            if count:
-                index = (part.offset + position) >> shift
-                counts[index] = counts.get(index, 0) + count
-    low = min(counts, default=0)
-    width = max(counts, default=-1) - low + 1
-    return pb.Histogram(
-        scale=scale,
-        offset=low,
-        counts=[counts.get(low + i, 0) for i in range(width)],
-        count=sum(h.count for h in parts),
-        sum=sum(h.sum for h in parts),
-        min=min(h.min for h in parts),
-        max=max(h.max for h in parts),
-        zero_count=sum(h.zero_count for h in parts),
-    )
+def merge_histograms(parts: Iterable[pb.Histogram]) -> pb.Histogram | None:
+    """The histogram of all values; None when there are none."""
+    merged = histograms.merge_all(parts)
+    return merged if merged.count else None
 
 
 def _value_at(histogram: pb.Histogram, rank: float) -> float:
@@ -116,19 +94,17 @@ def quantile(histogram: pb.Histogram, q: float, confidence: float = CONFIDENCE) 
 # ------------------------------------------------------------------ shares
 
 
+def _z(confidence: float) -> float:
+    """Standard normal quantile of a two-sided interval."""
+    return float(stats.norm.ppf(0.5 + confidence / 2))
+
+
 def share(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate | None:
     """A share with its Wilson interval; None without observations."""
     if n <= 0:
         return None
-    low, high = _wilson(successes / n, float(n), confidence)
+    low, high = wilson(successes, n, _z(confidence))
     return Estimate(successes / n, low, high, n)
-
-
-def _wilson(p: float, n: float, confidence: float) -> tuple[float, float]:
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def _design_effect(counts: Sequence[tuple[int, int]]) -> float:
@@ -154,7 +130,8 @@ def share_difference(
         if n == 0:
             return None
         p = sum(hits for hits, _ in counts) / n
-        low, high = _wilson(p, n / _design_effect(counts), confidence)
+        independent = n / _design_effect(counts)
+        low, high = wilson(p * independent, independent, _z(confidence))
         sides.append((p, low, high, n))
     (p0, low0, high0, n0), (p1, low1, high1, n1) = sides
     return Estimate(
@@ -190,7 +167,7 @@ def latency_change(
     if not logs:
         return None
     mean, error = _random_effects(logs, variances)
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    z = _z(confidence)
     return Estimate(
         math.exp(mean) - 1, math.exp(mean - z * error) - 1, math.exp(mean + z * error) - 1, len(logs)
     )
