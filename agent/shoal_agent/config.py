@@ -133,6 +133,8 @@ class Config:
     grpc_port: int = 8001
     metrics_port: int = 8002
     runtimes: tuple[str, ...] | None = None  # None = every installed one
+    # Put before the command line of every child process: an emulator where the kernel knows none.
+    child_prefix: str = ""
     telemetry_seconds: int = 10  # window length
     heartbeat_seconds: int = 20
     spool_mb: int = 64  # telemetry kept while offline
@@ -204,6 +206,10 @@ def _check(name: str, value: Any, where: str) -> Any:
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise InvalidInput(f"{where}: runtimes must be names separated by commas.")
         return tuple(item.strip() for item in items if item.strip()) or None
+    if name == "child_prefix":
+        if not isinstance(value, str):
+            raise InvalidInput(f"{where}: child_prefix must be a command line.")
+        return value
     if name == "host":
         if not isinstance(value, str) or not value:
             raise InvalidInput(f"{where}: host must be an address.")

@@ -34,8 +34,11 @@ class Settings:
 
     home: Path
     fleet: str = ""  # "" = the directory's own; `shoal` for a new directory
-    host: str = "127.0.0.1"  # what the three doors bind to; loopback until operators can sign in
+    host: str = "127.0.0.1"  # what API, dashboard and (without `lan`) the devices' doors bind to
+    # Opens the devices' doors (installer, enrolment, agents) to the network; API and dashboard stay at `host`.
+    lan: bool = False
     http_port: int = 8080  # API, dashboard, metrics; 0 = free
+    installer_port: int = 8441  # plain HTTP, GET only: installer and wheels, only with `lan`; 0 = free
     enrolment_port: int = 8442  # server TLS; 0 = free
     agents_port: int = 8443  # mutual TLS; 0 = free
     database: str = ""  # SQLAlchemy URL; "" = home/shoal.db
@@ -68,6 +71,16 @@ class Settings:
     @property
     def jobs_dir(self) -> Path:
         return self.home / "jobs"
+
+    @property
+    def wheels_dir(self) -> Path:
+        """What devices without internet install from: one folder of wheels per platform and Python."""
+        return self.home / "wheels"
+
+    @property
+    def doors_host(self) -> str:
+        """What the devices' doors bind to."""
+        return "0.0.0.0" if self.lan else self.host  # noqa: S104  # TLS, or no secret crosses it
 
     @property
     def run_dir(self) -> Path:
@@ -183,7 +196,7 @@ def _check(settings: Settings) -> Settings:
             f"'{settings.fleet}' is not a fleet name.",
             "Use lower-case letters, digits and dashes, at most 63.",
         )
-    for name in ("http_port", "enrolment_port", "agents_port"):
+    for name in ("http_port", "installer_port", "enrolment_port", "agents_port"):
         if not 0 <= getattr(settings, name) <= 65535:
             raise InvalidInput(f"{name} must be a port, 0 to 65535 (0 = a free one).")
     for field in dataclasses.fields(settings):

@@ -54,6 +54,19 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class BoxRule:
+    """How the candidates of an output of kind "boxes" become the answer.
+
+    Such an output is FP32 [-1, candidates, 4 + classes]: x1, y1, x2, y2 as shares of the input
+    tensor's width and height, then one score from 0 to 1 per class of `labels` (no background).
+    """
+
+    score_threshold: float = 0.25  # candidates below it are dropped first
+    iou_threshold: float = 0.5  # of two boxes of one class that overlap more, the better one stays
+    max_boxes: int = 100  # an image
+
+
+@dataclass(frozen=True)
 class Signature:
     """What applications send and get: the same for every variant of an endpoint."""
 
@@ -63,8 +76,11 @@ class Signature:
     output_kind: str = "values"  # "logits", "boxes", "values"
     labels: tuple[str, ...] = ()
     color: str = ""  # "gray", "rgb", "bgr"; images only
-    resize: str = ""  # "stretch", "letterbox", "crop"; images only
-    units: str = ""
+    resize: str = ""  # "stretch", "letterbox", "crop"; images only, bilinear with antialiasing
+    units: str = ""  # of values ("cycles", "degC")
+    pad: int = 114  # value of the bars that "letterbox" adds, 0..255
+    sample_rate: int = 0  # Hz; audio and series, 0 = not declared
+    boxes: BoxRule | None = None  # output_kind "boxes" only
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@
     GET    /tokens  POST /tokens TokenCreate -> TokenCreated  DELETE /tokens/{id}
     GET    /models                                  -> list[Model]
     GET    /models/{name}                           -> ModelDetail
-    POST   /models/{name}/versions (multipart: source=tar, note)  -> Version
+    POST   /models/{name}/versions (multipart: source=tar | upload=digest, note)  -> Version
+    GET    /uploads/{digest}                        -> Upload (how much of it is here)
+    PUT    /uploads/{digest}?offset=&size= (bytes)  -> Upload; 409 names the offset to go on from
+    GET    /wheels                                  -> list[WheelSet]
     GET    /models/{name}/versions/{number}         -> Version
     GET    /variants?model=&version=&class=         -> list[Variant]
     GET    /variants/{id}                           -> Variant
@@ -105,6 +108,9 @@ class Device(Schema):
     version: str = ""  # what it serves: "digits v1"
     p95_ms: float | None = None
     temperature_celsius: float | None = None
+    emulated: bool = False
+    quarantined: bool = False
+    pins: dict[str, str] = Field(default_factory=dict)
     last_seen_ms: int
     joined_ms: int
     agent_version: str = ""
@@ -125,10 +131,12 @@ class DeviceDetail(Device):
 class DevicePatch(Schema):
     labels: dict[str, str] | None = None
     name: str | None = None
+    quarantined: bool | None = None  # serves on; gets no rollout and counts in no verdict
+    pins: dict[str, str] | None = None  # endpoint -> variant id that this device keeps, {} = none
 
 
 class DeviceRequestCreate(Schema):
-    kind: Literal["logs", "diagnose"]
+    kind: Literal["logs", "diagnose", "profile"]
 
 
 class DeviceRequest(Schema):
@@ -182,6 +190,9 @@ class Token(Schema):
 
 class TokenCreated(Token):
     token: str  # shown once: what `shoal-agent join` takes
+    join_line: str = ""  # shown once: the one line for a bare device; "" where the installer's door is closed
+    installer_sha256: str = ""  # what that line checks before it runs anything
+    note: str = ""  # what is missing for the line to work, and the command that mends it
 
 
 # ------------------------------------------------------------------ models
@@ -194,7 +205,29 @@ class Figure(Schema):
     low: float | None = None
     high: float | None = None
     n: int | None = None
-    source: str = ""  # local, trial, probe, telemetry, unmeasured
+    # local, trial, probe, telemetry, emulated (accuracy only), unmeasured, "unmeasured (emulated)"
+    source: str = ""
+
+
+class Upload(Schema):
+    """One resumable upload, named by the SHA-256 of the whole."""
+
+    digest: str
+    received: int  # bytes, contiguous from the start
+    size: int
+    complete: bool
+
+
+class WheelSet(Schema):
+    """What devices of one platform and Python install from."""
+
+    platform: str  # aarch64, x86_64
+    python: str  # 3.13
+    extras: list[str]
+    files: int
+    size: int  # bytes
+    glibc: str  # the newest that any wheel asks for: "2.28"
+    added_ms: int
 
 
 class Version(Schema):

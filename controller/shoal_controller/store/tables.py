@@ -69,6 +69,8 @@ class Device(Base):
     certificate_serial: Mapped[str] = mapped_column(index=True)
     certificate_not_after_ms: Mapped[int]
     revoked: Mapped[bool] = mapped_column(default=False)
+    quarantined: Mapped[bool] = mapped_column(default=False)  # gets no rollout, counts in no verdict
+    pins: Mapped[dict[str, Any]] = mapped_column(default=dict)  # endpoint name -> variant id it keeps
     joined_ms: Mapped[int]
     last_seen_ms: Mapped[int] = mapped_column(default=0)
     connected: Mapped[bool] = mapped_column(default=False)

@@ -33,6 +33,18 @@ STEP_COMMIT: Step
 STEP_ROLLED_BACK: Step
 STEP_FAILED: Step
 
+class LeaveRequest(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ("device",)
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    def __init__(self, device: _Optional[str] = ...) -> None: ...
+
 class Up(_message.Message):
     __slots__ = ("hello", "reported", "heartbeat", "spooled")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -76,18 +88,20 @@ class Hello(_message.Message):
     def __init__(self, agent_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., profile: _Optional[_Union[_profile_pb2.Profile, _Mapping]] = ..., epoch: _Optional[int] = ..., generation: _Optional[int] = ..., boot_id: _Optional[str] = ..., monotonic_ns: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("controller_version", "features", "server_time_ms", "profile_class", "display_name")
+    __slots__ = ("controller_version", "features", "server_time_ms", "profile_class", "display_name", "class_reason")
     CONTROLLER_VERSION_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     SERVER_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     PROFILE_CLASS_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    CLASS_REASON_FIELD_NUMBER: _ClassVar[int]
     controller_version: str
     features: _containers.RepeatedScalarFieldContainer[str]
     server_time_ms: int
     profile_class: str
     display_name: str
-    def __init__(self, controller_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., server_time_ms: _Optional[int] = ..., profile_class: _Optional[str] = ..., display_name: _Optional[str] = ...) -> None: ...
+    class_reason: str
+    def __init__(self, controller_version: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., server_time_ms: _Optional[int] = ..., profile_class: _Optional[str] = ..., display_name: _Optional[str] = ..., class_reason: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("boot_id", "monotonic_ns", "wall_ms", "number")
@@ -158,7 +172,7 @@ class PlacementStatus(_message.Message):
     def __init__(self, endpoint: _Optional[str] = ..., wanted: _Optional[str] = ..., serving: _Optional[str] = ..., step: _Optional[_Union[Step, str]] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., logs: _Optional[bytes] = ..., probe: _Optional[_Union[ProbeReport, _Mapping]] = ..., progress: _Optional[float] = ..., role: _Optional[int] = ...) -> None: ...
 
 class ProbeReport(_message.Message):
-    __slots__ = ("ok", "latency_p50_ms", "latency_p95_ms", "memory_bytes", "int8_share", "max_abs_error", "agreement", "runs", "runtime_version")
+    __slots__ = ("ok", "latency_p50_ms", "latency_p95_ms", "memory_bytes", "int8_share", "max_abs_error", "agreement", "runs", "runtime_version", "unmeasured")
     OK_FIELD_NUMBER: _ClassVar[int]
     LATENCY_P50_MS_FIELD_NUMBER: _ClassVar[int]
     LATENCY_P95_MS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +182,7 @@ class ProbeReport(_message.Message):
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     ok: bool
     latency_p50_ms: float
     latency_p95_ms: float
@@ -177,7 +192,8 @@ class ProbeReport(_message.Message):
     agreement: float
     runs: int
     runtime_version: str
-    def __init__(self, ok: bool = ..., latency_p50_ms: _Optional[float] = ..., latency_p95_ms: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., int8_share: _Optional[float] = ..., max_abs_error: _Optional[float] = ..., agreement: _Optional[float] = ..., runs: _Optional[int] = ..., runtime_version: _Optional[str] = ...) -> None: ...
+    unmeasured: str
+    def __init__(self, ok: bool = ..., latency_p50_ms: _Optional[float] = ..., latency_p95_ms: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., int8_share: _Optional[float] = ..., max_abs_error: _Optional[float] = ..., agreement: _Optional[float] = ..., runs: _Optional[int] = ..., runtime_version: _Optional[str] = ..., unmeasured: _Optional[str] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("epoch", "generation", "reason")

@@ -40,6 +40,11 @@ class AgentsStub(object):
                 request_serializer=shoal__protos_dot_v1_dot_agents__pb2.Up.SerializeToString,
                 response_deserializer=shoal__protos_dot_v1_dot_agents__pb2.Down.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/shoal.v1.Agents/Leave',
+                request_serializer=shoal__protos_dot_v1_dot_agents__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_agents__pb2.LeaveReply.FromString,
+                _registered_method=True)
 
 
 class AgentsServicer(object):
@@ -52,6 +57,13 @@ class AgentsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """The device leaves: its certificate is revoked before the reply is sent. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +71,11 @@ def add_AgentsServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=shoal__protos_dot_v1_dot_agents__pb2.Up.FromString,
                     response_serializer=shoal__protos_dot_v1_dot_agents__pb2.Down.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=shoal__protos_dot_v1_dot_agents__pb2.LeaveRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_agents__pb2.LeaveReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +106,33 @@ class Agents(object):
             '/shoal.v1.Agents/Connect',
             shoal__protos_dot_v1_dot_agents__pb2.Up.SerializeToString,
             shoal__protos_dot_v1_dot_agents__pb2.Down.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Agents/Leave',
+            shoal__protos_dot_v1_dot_agents__pb2.LeaveRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_agents__pb2.LeaveReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,7 @@ class RequestKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REQUEST_KIND_UNSPECIFIED: _ClassVar[RequestKind]
     REQUEST_KIND_LOGS: _ClassVar[RequestKind]
     REQUEST_KIND_DIAGNOSE: _ClassVar[RequestKind]
+    REQUEST_KIND_PROFILE: _ClassVar[RequestKind]
 ROLE_UNSPECIFIED: Role
 ROLE_PRIMARY: Role
 ROLE_SHADOW: Role
@@ -33,6 +34,7 @@ TRIAL_KIND_OUTPUTS: TrialKind
 REQUEST_KIND_UNSPECIFIED: RequestKind
 REQUEST_KIND_LOGS: RequestKind
 REQUEST_KIND_DIAGNOSE: RequestKind
+REQUEST_KIND_PROFILE: RequestKind
 
 class Signed(_message.Message):
     __slots__ = ("payload", "signatures")

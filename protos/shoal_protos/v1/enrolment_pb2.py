@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shoal_protos.v1 import profile_pb2 as shoal__protos_dot_v1_dot_profile__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fshoal_protos/v1/enrolment.proto\x12\x08shoal.v1\x1a\x1dshoal_protos/v1/profile.proto\"h\n\rEnrollRequest\x12\x14\n\x0ctoken_secret\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\x12\"\n\x07profile\x18\x03 \x01(\x0b\x32\x11.shoal.v1.Profile\x12\x0c\n\x04name\x18\x04 \x01(\t\"[\n\x0cRenewRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\x12\x1b\n\x13old_certificate_der\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\"\xdc\x01\n\x0b\x45nrollReply\x12\r\n\x05\x66leet\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_der\x18\x03 \x01(\x0c\x12\x1b\n\x13\x63\x61_certificates_der\x18\x04 \x03(\x0c\x12\x1a\n\x12\x64\x65sired_state_keys\x18\x05 \x03(\x0c\x12\x15\n\rprofile_class\x18\x06 \x01(\t\x12\x17\n\x0f\x61gent_addresses\x18\x07 \x03(\t\x12\x16\n\x0eserver_time_ms\x18\x08 \x01(\x03\x12\x14\n\x0c\x64isplay_name\x18\t \x01(\t2}\n\tEnrolment\x12\x38\n\x06\x45nroll\x12\x17.shoal.v1.EnrollRequest\x1a\x15.shoal.v1.EnrollReply\x12\x36\n\x05Renew\x12\x16.shoal.v1.RenewRequest\x1a\x15.shoal.v1.EnrollReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fshoal_protos/v1/enrolment.proto\x12\x08shoal.v1\x1a\x1dshoal_protos/v1/profile.proto\"h\n\rEnrollRequest\x12\x14\n\x0ctoken_secret\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\x12\"\n\x07profile\x18\x03 \x01(\x0b\x32\x11.shoal.v1.Profile\x12\x0c\n\x04name\x18\x04 \x01(\t\"[\n\x0cRenewRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x02 \x01(\x0c\x12\x1b\n\x13old_certificate_der\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\"\xf2\x01\n\x0b\x45nrollReply\x12\r\n\x05\x66leet\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_der\x18\x03 \x01(\x0c\x12\x1b\n\x13\x63\x61_certificates_der\x18\x04 \x03(\x0c\x12\x1a\n\x12\x64\x65sired_state_keys\x18\x05 \x03(\x0c\x12\x15\n\rprofile_class\x18\x06 \x01(\t\x12\x17\n\x0f\x61gent_addresses\x18\x07 \x03(\t\x12\x16\n\x0eserver_time_ms\x18\x08 \x01(\x03\x12\x14\n\x0c\x64isplay_name\x18\t \x01(\t\x12\x14\n\x0c\x63lass_reason\x18\n \x01(\t2}\n\tEnrolment\x12\x38\n\x06\x45nroll\x12\x17.shoal.v1.EnrollRequest\x1a\x15.shoal.v1.EnrollReply\x12\x36\n\x05Renew\x12\x16.shoal.v1.RenewRequest\x1a\x15.shoal.v1.EnrollReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RENEWREQUEST']._serialized_start=182
   _globals['_RENEWREQUEST']._serialized_end=273
   _globals['_ENROLLREPLY']._serialized_start=276
-  _globals['_ENROLLREPLY']._serialized_end=496
-  _globals['_ENROLMENT']._serialized_start=498
-  _globals['_ENROLMENT']._serialized_end=623
+  _globals['_ENROLLREPLY']._serialized_end=518
+  _globals['_ENROLMENT']._serialized_start=520
+  _globals['_ENROLMENT']._serialized_end=645
 # @@protoc_insertion_point(module_scope)

@@ -32,7 +32,7 @@ class RenewRequest(_message.Message):
     def __init__(self, device: _Optional[str] = ..., csr_der: _Optional[bytes] = ..., old_certificate_der: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class EnrollReply(_message.Message):
-    __slots__ = ("fleet", "device", "certificate_der", "ca_certificates_der", "desired_state_keys", "profile_class", "agent_addresses", "server_time_ms", "display_name")
+    __slots__ = ("fleet", "device", "certificate_der", "ca_certificates_der", "desired_state_keys", "profile_class", "agent_addresses", "server_time_ms", "display_name", "class_reason")
     FLEET_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_DER_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class EnrollReply(_message.Message):
     AGENT_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     SERVER_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
+    CLASS_REASON_FIELD_NUMBER: _ClassVar[int]
     fleet: str
     device: str
     certificate_der: bytes
@@ -51,4 +52,5 @@ class EnrollReply(_message.Message):
     agent_addresses: _containers.RepeatedScalarFieldContainer[str]
     server_time_ms: int
     display_name: str
-    def __init__(self, fleet: _Optional[str] = ..., device: _Optional[str] = ..., certificate_der: _Optional[bytes] = ..., ca_certificates_der: _Optional[_Iterable[bytes]] = ..., desired_state_keys: _Optional[_Iterable[bytes]] = ..., profile_class: _Optional[str] = ..., agent_addresses: _Optional[_Iterable[str]] = ..., server_time_ms: _Optional[int] = ..., display_name: _Optional[str] = ...) -> None: ...
+    class_reason: str
+    def __init__(self, fleet: _Optional[str] = ..., device: _Optional[str] = ..., certificate_der: _Optional[bytes] = ..., ca_certificates_der: _Optional[_Iterable[bytes]] = ..., desired_state_keys: _Optional[_Iterable[bytes]] = ..., profile_class: _Optional[str] = ..., agent_addresses: _Optional[_Iterable[str]] = ..., server_time_ms: _Optional[int] = ..., display_name: _Optional[str] = ..., class_reason: _Optional[str] = ...) -> None: ...
