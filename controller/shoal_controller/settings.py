@@ -35,7 +35,7 @@ class Settings:
     home: Path
     fleet: str = ""  # "" = the directory's own; `shoal` for a new directory
     host: str = "127.0.0.1"  # what API, dashboard and (without `lan`) the devices' doors bind to
-    # Opens the devices' doors (installer, enrolment, agents) to the network; API and dashboard stay at `host`.
+    # Opens the doors for devices (installer, enrolment, agents) to the network; API and dashboard stay.
     lan: bool = False
     http_port: int = 8080  # API, dashboard, metrics; 0 = free
     installer_port: int = 8441  # plain HTTP, GET only: installer and wheels, only with `lan`; 0 = free
