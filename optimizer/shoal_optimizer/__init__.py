@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from shoal_optimizer.data import TaskData
     from shoal_optimizer.recipe import Recipe, Step
     from shoal_optimizer.task import Task, load_task
-    from shoal_protos.bundle import TensorSpec
+    from shoal_protos.bundle import BoxRule, TensorSpec
 
-__all__ = ["Recipe", "Step", "Task", "TaskData", "TensorSpec", "load_task"]
+__all__ = ["BoxRule", "Recipe", "Step", "Task", "TaskData", "TensorSpec", "load_task"]
 
 _HOMES = {
+    "BoxRule": "shoal_protos.bundle",
     "Recipe": "shoal_optimizer.recipe",
     "Step": "shoal_optimizer.recipe",
     "Task": "shoal_optimizer.task",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shoal_optimizer.evaluation import Score, bootstrap, score
+from shoal_optimizer.evaluation import Score, bootstrap, resampled, score
 from shoal_optimizer.matching import Matched, limits_of, match
 from shoal_optimizer.task import Task, TaskData
 from shoal_optimizer.techniques.distillation import TrainingPlan, train
@@ -363,9 +363,10 @@ def difference(
 ) -> Difference:
     """Paired bootstrap of the metric's difference: both models answer the same resampled items."""
 
+    measure_before, measure_after = resampled(task, before, targets), resampled(task, after, targets)
+
     def gain(indices: np.ndarray) -> float:
-        y = targets[indices]
-        return float(task.metric(after[indices], y)) - float(task.metric(before[indices], y))
+        return measure_after(indices) - measure_before(indices)
 
     n = len(targets)
     low, high = bootstrap(gain, n, seed=seed)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from shoal_agent.runtimes.tensors import dtype_of
+from shoal_optimizer.boxes import same_size
+from shoal_optimizer.inputs import Reader
 from shoal_protos.bundle import TensorSpec, canonical_json, digest_of
 from shoal_protos.errors import InvalidInput
 
@@ -55,8 +57,13 @@ def materialise(
     items: Any,
     spec: TensorSpec,
     where: str,
+    reader: Reader | None = None,
 ) -> TaskData:
     """Collects (inputs, target) items or batches, or one (inputs, targets) pair of whole arrays.
+
+    Args:
+        reader: decodes items that are files; its signature tells whether targets are boxes, whose
+            numbers may differ between items. None = arrays only.
 
     Raises:
         InvalidInput: empty, not pairs, shapes that differ from `spec` or each other, wrong values, too large.
@@ -66,6 +73,8 @@ def materialise(
     targets: list[np.ndarray] = []
     size = 0
     for position, (value, target) in enumerate(_pairs(items, rank, where)):
+        if reader is not None:
+            value, target = reader.read(value, target, f"{where} item {position}")
         array, truth = _array(value, where), _array(target, where)
         if array.ndim == rank - 1:
             array, truth = array[None], truth[None]
@@ -79,6 +88,9 @@ def materialise(
         targets.append(truth)
     if not inputs:
         raise InvalidInput(f"{where} gives no data.", "Return at least one (inputs, target) pair.")
+    boxes = reader is not None and reader.signature.output_kind == "boxes"
+    if boxes and all(truth.ndim == 3 and truth.shape[-1] == 5 for truth in targets):
+        targets = same_size(targets)
     try:
         x, y = np.concatenate(inputs), np.concatenate(targets)
     except ValueError as error:

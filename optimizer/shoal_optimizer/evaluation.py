@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_agent.detection import mean_precision
 from shoal_agent.telemetry.intervals import Z95, wilson
+from shoal_optimizer.boxes import matches
+from shoal_optimizer.boxes import recalls as box_recalls
 from shoal_optimizer.targets.base import Exported, load_exported, run_instance
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ BOOTSTRAP_ROUNDS = 400
 class Score:
     """A metric's value with its 95 % interval over `n` items.
 
-    `per_class` maps a label to (recall, n) for logits.
+    `per_class` maps a label to (recall, n) for logits and boxes.
     """
 
     metric: str
@@ -64,6 +67,24 @@ def bootstrap(
     return float(np.quantile(finite, 0.025)), float(np.quantile(finite, 0.975))
 
 
+def resampled(task: Task, outputs: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The metric as a function of which items count (indices, repeated ones included); NaN where a
+    resample lacks what the metric needs, such as a class."""
+    if task.metric_name == "map50":
+        # Suppression and matching are the same in every resample: once an image is enough.
+        matched = matches(outputs, targets, task.box_rule)
+
+    def measure(indices: np.ndarray) -> float:
+        try:
+            if task.metric_name == "map50":
+                return mean_precision([matched[index] for index in indices])
+            return float(task.metric(outputs[indices], targets[indices]))
+        except Exception:
+            return math.nan
+
+    return measure
+
+
 def score(task: Task, outputs: np.ndarray, targets: np.ndarray) -> Score:
     """The task's metric of endpoint outputs [n, ...] against targets [n, ...].
 
@@ -75,21 +96,18 @@ def score(task: Task, outputs: np.ndarray, targets: np.ndarray) -> Score:
     if task.counts_correct:
         low, high = wilson(value * n, n)
     else:
-        # A resample may lack what the metric needs (one class only): those rounds do not count.
-        def resampled(indices: np.ndarray) -> float:
-            try:
-                return float(task.metric(outputs[indices], targets[indices]))
-            except Exception:
-                return math.nan
-
-        low, high = bootstrap(resampled, n, seed=task.seed)
+        low, high = bootstrap(resampled(task, outputs, targets), n, seed=task.seed)
     return Score(
         task.metric_name, value, min(low, value), max(high, value), n, recalls(task, outputs, targets)
     )
 
 
 def recalls(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, tuple[float, int]]:
-    """label -> (recall, n) of each class that occurs; empty unless the outputs are logits of classes."""
+    """label -> (recall, n) of each class that occurs, n being items or true boxes; empty unless the
+    outputs are logits of classes or boxes."""
+    if task.metric_name == "map50":
+        found = box_recalls(matches(outputs, targets, task.box_rule), len(task.labels))
+        return {str(task.labels[kind]): recall for kind, recall in found.items()}
     if (
         task.output_kind != "logits"
         or targets.ndim != 1
@@ -98,12 +116,12 @@ def recalls(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, t
     ):
         return {}
     right = outputs.argmax(axis=-1) == targets
-    found = {}
+    counted = {}
     for index in np.unique(targets):
         mask = targets == index
         name = task.labels[index] if 0 <= index < len(task.labels) else str(index)
-        found[str(name)] = (float(right[mask].mean()), int(mask.sum()))
-    return found
+        counted[str(name)] = (float(right[mask].mean()), int(mask.sum()))
+    return counted
 
 
 def evaluate_model(task: Task, model: nn.Module | None, data: TaskData | None = None) -> Score:

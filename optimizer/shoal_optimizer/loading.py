@@ -13,7 +13,7 @@ import numpy as np
 from shoal_agent.runtimes.tensors import dtype_of
 from shoal_optimizer.data import Items, TaskData
 from shoal_optimizer.task import Task, TaskFiles
-from shoal_protos.bundle import TensorSpec, digest_of, digest_of_file
+from shoal_protos.bundle import BoxRule, TensorSpec, digest_of, digest_of_file
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
@@ -112,10 +112,18 @@ def check_declarations(task: Task) -> None:
         raise InvalidInput(f"{kind}.input has shape {spec.shape}.", "Start with -1, the batch dimension.")
     for field, value, known in (
         ("input_kind", task.input_kind, ("image", "audio", "series", "tensor")),
-        ("output_kind", task.output_kind, ("logits", "values")),
+        ("output_kind", task.output_kind, ("logits", "boxes", "values")),
+        ("color", task.color, ("", "gray", "rgb", "bgr")),
+        ("resize", task.resize, ("", "stretch", "letterbox", "crop")),
     ):
         if value not in known:
-            raise InvalidInput(f"{kind}.{field} is {value!r}.", f"Use one of {', '.join(known)}.")
+            raise InvalidInput(
+                f"{kind}.{field} is {value!r}.", f"Use one of {', '.join(filter(None, known))}."
+            )
+    for field, number, most in (("pad", task.pad, 255), ("sample_rate", task.sample_rate, 10_000_000)):
+        if not isinstance(number, int) or not 0 <= number <= most:
+            raise InvalidInput(f"{kind}.{field} is {number!r}.", f"Give a whole number from 0 to {most}.")
+    _check_boxes(task)
     if isinstance(task.files, str):
         raise InvalidInput(f"{kind}.files is one string.", f"Write files = [{task.files!r}].")
     for name in task.files:
@@ -127,6 +135,46 @@ def check_declarations(task: Task) -> None:
                 f"{kind}.files names '{name}', which is missing.",
                 f"Put it into {task.directory} or take it off the list.",
             )
+
+
+def _check_boxes(task: Task) -> None:
+    """What the output kind "boxes" asks for, and nothing else may have."""
+    kind = type(task).__name__
+    rule = task.boxes
+    if rule is not None and not isinstance(rule, BoxRule):
+        raise InvalidInput(
+            f"{kind}.boxes is {type(rule).__name__}.", "Write boxes = BoxRule(0.25, 0.5, 100)."
+        )
+    if task.output_kind != "boxes":
+        if rule is not None:
+            raise InvalidInput(
+                f"{kind}.boxes is set, but output_kind is {task.output_kind!r}.",
+                'Write output_kind = "boxes".',
+            )
+        return
+    rule = task.box_rule
+    if not (0 < rule.score_threshold < 1 and 0 < rule.iou_threshold <= 1 and rule.max_boxes >= 1):
+        raise InvalidInput(
+            f"{kind}.boxes is {rule}.",
+            "Give thresholds between 0 and 1, and at least one box an image.",
+        )
+    if not task.labels:
+        raise InvalidInput(f"{kind}.labels is empty.", "Name the classes in the order of their scores.")
+    wanted = 4 + len(task.labels)
+    if task.output is not None and (
+        len(task.output.shape) != 3 or task.output.shape[-1] != wanted or task.output.datatype != "FP32"
+    ):
+        raise InvalidInput(
+            f"{kind}.output is {task.output.datatype} {list(task.output.shape)}.",
+            f"Boxes of {len(task.labels)} labels are FP32 [-1, candidates, {wanted}].",
+        )
+    trained = type(task).training is not Task.training
+    if task.has_module and trained and type(task).loss is Task.loss:
+        raise InvalidInput(
+            f"{kind} has training() but no loss().",
+            "Write loss(self, outputs, targets): only the task knows how its head encodes boxes "
+            "(examples/detector.py shows one), or take training() away: then nothing is fine-tuned.",
+        )
 
 
 class OnnxTask(Task):
@@ -180,9 +228,11 @@ class OnnxTask(Task):
         self.input = _spec(inputs[0])  # type: ignore[misc]
         stored = self._arrays()
         targets = stored["targets"]
-        classes = targets.ndim == 1 and targets.dtype.kind in "iu"
-        self.output_kind = "logits" if classes else "values"  # type: ignore[misc]
         self.output = _spec(graph.output[0])  # type: ignore[misc]
+        if targets.ndim == 1 and targets.dtype.kind in "iu":
+            self.output_kind = "logits"  # type: ignore[misc]
+        elif targets.ndim == 3 and targets.shape[-1] == 5 and "labels" in stored:
+            self.output_kind = "boxes"  # type: ignore[misc]
         # Images are recognised by their channels only where they come last; else any tensor will do.
         image = len(self.input.shape) == 4 and self.input.shape[-1] in (1, 3, 4)
         self.input_kind = "image" if image else "tensor"  # type: ignore[misc]

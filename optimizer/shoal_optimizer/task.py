@@ -10,20 +10,24 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import numpy as np
 
-from shoal_agent.runtimes.tensors import datatype_of, dtype_of
+from shoal_agent.detection import mean_precision
+from shoal_agent.runtimes.tensors import datatype_of
+from shoal_optimizer import signatures
+from shoal_optimizer.boxes import matches
 from shoal_optimizer.data import Items, materialise, read_split
 from shoal_optimizer.data import TaskData as TaskData
+from shoal_optimizer.inputs import Reader
 from shoal_optimizer.weights import load_module as load_module
 from shoal_optimizer.weights import require_torch as require_torch
 from shoal_optimizer.weights import save_module as save_module
-from shoal_protos.bundle import Signature, TensorSpec, canonical_json, digest_of
+from shoal_protos.bundle import BoxRule, Signature, TensorSpec, canonical_json, digest_of
 from shoal_protos.errors import InvalidInput, ShoalError, Unsupported
 
 if TYPE_CHECKING:
@@ -54,7 +58,18 @@ class Task:
             plain list of texts: pushing reads it without importing the file.
         optional_files: the same for files that need not be there, such as trained weights.
         labels: class names, in the order of the logits.
-        input_kind: "image", "audio", "series" or "tensor"; output_kind: "logits" or "values".
+        input_kind: "image", "audio", "series" or "tensor"; output_kind: "logits", "boxes" or "values".
+        color, resize, pad: the colour order of images, and how pictures of another size are brought to
+            the input's ("stretch", "letterbox" with bars of the value `pad`, "crop").
+        sample_rate: of audio and series, Hz. units: of values.
+        boxes: how the candidates of the output kind "boxes" become the answer.
+
+    Inputs may be given as files: a path (relative to the task file) or a Pillow image for the input
+    kind "image", the path of a .wav for "audio"; they are decoded as clients decode them.
+
+    Kind "boxes": the output is FP32 [-1, candidates, 4 + labels], see `BoxRule`. A target is float32
+    [boxes, 5]: x1, y1, x2, y2 as shares of the input's width and height, and the class; items may have
+    different numbers of boxes. Shares are of the picture where the input is given as one.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +83,9 @@ class Task:
     color: ClassVar[str] = ""
     resize: ClassVar[str] = ""
     units: ClassVar[str] = ""
+    pad: ClassVar[int] = 114
+    sample_rate: ClassVar[int] = 0
+    boxes: ClassVar[BoxRule | None] = None
 
     directory: Path = Path()  # where the task file and its files are
     source: Path = Path()  # the task file itself
@@ -115,17 +133,23 @@ class Task:
         return inputs
 
     def metric(self, outputs: np.ndarray, targets: np.ndarray) -> float:
-        """Higher is better. Default: share of right answers for logits, R squared for values."""
+        """Higher is better. Default: share of right answers for logits, R squared for values, mean
+        average precision at IoU 0.5 of what `detection.suppress` leaves for boxes."""
         if self.output_kind == "logits":
             return float(np.mean(outputs.argmax(axis=-1) == targets))
+        if self.output_kind == "boxes":
+            return mean_precision(matches(outputs, targets, self.box_rule))
         residual = float(np.sum((np.asarray(outputs, np.float64).reshape(targets.shape) - targets) ** 2))
         total = float(np.sum((targets - targets.mean(axis=0)) ** 2))
         return 1.0 - residual / total if total else float("nan")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Fine-tuning loss of the model's outputs (before postprocess). Default by output kind."""
+        """Fine-tuning loss of the model's outputs (before postprocess). Default by output kind; boxes
+        have none, since only the task knows how its head encodes them."""
         from torch.nn import functional
 
+        if self.output_kind == "boxes":
+            raise NotImplementedError
         if self.output_kind == "logits":
             return functional.cross_entropy(outputs, targets.long())
         return functional.mse_loss(outputs, targets.reshape(outputs.shape).to(outputs.dtype))
@@ -156,7 +180,12 @@ class Task:
     def metric_name(self) -> str:
         if type(self).metric is not Task.metric:
             return "metric"
-        return "accuracy" if self.output_kind == "logits" else "r2"
+        return {"logits": "accuracy", "boxes": "map50"}.get(self.output_kind, "r2")
+
+    @property
+    def box_rule(self) -> BoxRule:
+        """`boxes`, or the rule's defaults."""
+        return self.boxes or BoxRule()
 
     @property
     def counts_correct(self) -> bool:
@@ -201,7 +230,8 @@ class Task:
                 return None
             where = f"{type(self).__name__}.{split}()"
             # A generator runs the user's code while it is read.
-            return self.guard(f"{split}()", lambda: materialise(items, self.input, where))
+            reader = Reader(self.declared, self.directory)
+            return self.guard(f"{split}()", lambda: materialise(items, self.input, where, reader))
 
     def guard(self, field: str, call: Callable[[], _T]) -> _T:
         """Runs the user's code; what it raises becomes an InvalidInput that names `field`."""
@@ -283,22 +313,32 @@ class Task:
         """
         outputs = self._probe_outputs()
         declared = self.output or TensorSpec(
-            name="logits" if self.output_kind == "logits" else "values",
+            name=self.output_kind,
             datatype=datatype_of(outputs.dtype),
             shape=(-1, *outputs.shape[1:]),
         )
-        _check_output(self, declared, outputs)
+        signatures.check_output(self, declared, outputs)
         if self.counts_correct:
-            _check_targets(self, outputs.shape[-1])
+            signatures.check_targets(self, outputs.shape[-1])
+        if self.metric_name == "map50":
+            signatures.check_boxes(self)
+        return replace(self.declared, outputs=(declared,))
+
+    @property
+    def declared(self) -> Signature:
+        """The signature without the output: what is known before the model is."""
         return Signature(
             inputs=(self.input,),
-            outputs=(declared,),
+            outputs=(),
             input_kind=self.input_kind,
             output_kind=self.output_kind,
             labels=tuple(self.labels),
             color=self.color,
             resize=self.resize,
             units=self.units,
+            pad=self.pad,
+            sample_rate=self.sample_rate,
+            boxes=self.box_rule if self.output_kind == "boxes" else None,
         )
 
     def _probe_outputs(self) -> np.ndarray:
@@ -411,44 +451,3 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def _check_output(task: Task, spec: TensorSpec, outputs: np.ndarray) -> None:
-    shape = list(outputs.shape[1:])
-    if len(spec.shape) != outputs.ndim or any(
-        d not in (-1, have) for d, have in zip(spec.shape[1:], shape, strict=True)
-    ):
-        raise InvalidInput(
-            f"The model gives shape [-1, {str(shape)[1:]}, `output` declares {list(spec.shape)}.",
-            "Correct `output`, the model or postprocess().",
-        )
-    if dtype_of(spec.datatype) != outputs.dtype:
-        raise InvalidInput(
-            f"The model gives {outputs.dtype}, `output` declares {spec.datatype}.",
-            "Correct `output` or cast in postprocess().",
-        )
-    if task.output_kind == "logits" and task.labels and outputs.shape[-1] != len(task.labels):
-        raise InvalidInput(
-            f"The model gives {outputs.shape[-1]} logits, the task has {len(task.labels)} labels.",
-            "Name one label for each logit.",
-        )
-
-
-def _check_targets(task: Task, classes: int) -> None:
-    """The default metric and loss of logits need class numbers."""
-    for split in ("evaluation", "training"):
-        data = task.data(split)
-        if data is None:
-            continue
-        targets = data.targets
-        where = f"{type(task).__name__}.{split}()"
-        if targets.ndim != 1 or targets.dtype.kind not in "iu":
-            raise InvalidInput(
-                f"{where} gives targets of shape {list(targets.shape)} and type {targets.dtype}.",
-                "Give one class number an item, or write metric() and loss().",
-            )
-        if targets.min() < 0 or targets.max() >= classes:
-            raise InvalidInput(
-                f"{where} gives classes {targets.min()} to {targets.max()}, the model has {classes} logits.",
-                "Number the classes from 0 in the order of `labels`.",
-            )
