@@ -1,12 +1,14 @@
 """Handwritten digits: 8x8 images of scikit-learn, a convolutional network, ten classes.
 
 python examples/digits.py              train and write digits.pt beside this file
+python examples/digits.py --pictures pictures    the same, and ten images that it never saw as PNG files
 shoal optimize examples/digits.py      compress it for this machine
 shoal demo                             the whole story with a small fleet
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +123,31 @@ class Digits(Task):
         return shift(images)
 
 
-if __name__ == "__main__":
+def write_pictures(folder: Path) -> None:
+    """One image of each digit that the network never saw, in a picture's range from 0 to 255."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = split("holdout")
+    for digit in range(10):
+        image = images[labels == digit][0, :, :, 0]
+        Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(folder / f"{digit}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the example's network.")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="also write ten PNG files there")
+    options = parser.parse_args()
     trained = train()
     torch.save(trained.state_dict(), WEIGHTS)
     images, labels = split("evaluation")
     with torch.inference_mode():
         answers = trained(Scale()(torch.from_numpy(images))).argmax(1).numpy()
     print(f"{WEIGHTS.name}: {np.mean(answers == labels):.3f} of {len(labels)} images right")
+    if options.pictures:
+        write_pictures(options.pictures)
+        print(f"{options.pictures}: ten pictures to try it with")
+
+
+if __name__ == "__main__":
+    main()
