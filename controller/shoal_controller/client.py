@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
+from shoal_controller import sending
 from shoal_controller.api import schemas
 from shoal_protos import errors
 
@@ -61,26 +62,6 @@ def error_from(response: httpx.Response) -> errors.ShoalError:
     error = kind(detail if isinstance(detail, str) else json.dumps(detail), str(body.get("remedy") or ""))
     error.request_id = str(body.get("request_id") or "")  # type: ignore[attr-defined]
     return error
-
-
-class _Counted:
-    """A file that tells how much of it was read; httpx streams it into the upload."""
-
-    def __init__(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
-        self._file = file
-        self._progress = progress
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._progress(len(data))
-        return data
-
-    def __iter__(self) -> Iterator[bytes]:
-        while data := self.read(1 << 16):
-            yield data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 class Client:
@@ -217,20 +198,48 @@ class Client:
     def model(self, name: str) -> schemas.ModelDetail:
         return self._one(schemas.ModelDetail, "GET", f"/models/{name}")
 
+    def upload(self, digest: str) -> schemas.Upload:
+        """How much of an upload the controller has. Raises NotFound from one that knows no uploads."""
+        return self._one(schemas.Upload, "GET", f"/uploads/{digest}")
+
+    def append(self, digest: str, offset: int, size: int, data: bytes) -> schemas.Upload:
+        """Sends one piece of an upload. Raises Conflict when it stands elsewhere than at `offset`."""
+        return self._one(
+            schemas.Upload,
+            "PUT",
+            f"/uploads/{digest}",
+            params={"offset": offset, "size": size},
+            content=data,
+            headers={"content-type": "application/octet-stream"},
+            timeout=httpx.Timeout(TIMEOUT_S, read=300.0),  # the last piece waits for the whole's hash
+        )
+
     def push(
-        self, name: str, source: Path, note: str = "", progress: Callable[[int], None] | None = None
+        self,
+        name: str,
+        source: Path,
+        note: str = "",
+        progress: Callable[[sending.Sent], None] | None = None,
     ) -> schemas.Version:
         """Uploads `source` (a tar of the task file and its files) as the next version of a model.
 
-        `progress` is called with the number of bytes read since the call before.
+        The upload resumes after a dropped line, also in a later call with the same bytes, and is
+        skipped when the controller has them. `progress` is called after every piece.
+
+        Raises:
+            Unavailable: no piece got through for a while; what did is kept for a day.
         """
-        with source.open("rb") as file:
-            body = _Counted(file, progress or (lambda _size: None))
+        digest = sending.Sender(self, progress or (lambda _sent: None)).send(source)
+        if digest:
+            return self._one(
+                schemas.Version, "POST", f"/models/{name}/versions", data={"upload": digest, "note": note}
+            )
+        with source.open("rb") as file:  # an older controller takes it only whole
             return self._one(
                 schemas.Version,
                 "POST",
                 f"/models/{name}/versions",
-                files={"source": (source.name, body, "application/x-tar")},
+                files={"source": (source.name, file, "application/x-tar")},
                 data={"note": note},
                 timeout=httpx.Timeout(TIMEOUT_S, read=300.0, write=300.0),
             )

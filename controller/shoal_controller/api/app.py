@@ -26,6 +26,7 @@ OWN = (status, devices, tokens, events, stream, blobs, prometheus)
 # Routers that other rooms bring, each module with a `router`.
 OTHERS = (
     "models",
+    "uploads",
     "variants",
     "releases",
     "endpoints",

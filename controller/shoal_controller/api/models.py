@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 from shoal_controller import registry, sources
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ActorDep, ServicesDep
+from shoal_controller.services import Services
 from shoal_controller.store.tables import Endpoint, Finding, Model, Optimization, Variant, Version
-from shoal_protos.errors import InvalidInput
+from shoal_protos.errors import InvalidInput, NotFound
 
 router = APIRouter(tags=["models"])
 
@@ -42,16 +43,18 @@ def push_version(
     name: str,
     services: ServicesDep,
     actor: ActorDep,
-    source: Annotated[UploadFile, File(description="tar: the task file first, then the files it names")],
+    source: Annotated[
+        UploadFile | None, File(description="tar: the task file first, then the files it names")
+    ] = None,
+    upload: Annotated[str, Form(description="digest of a finished upload, instead of `source`")] = "",
     note: Annotated[str, Form()] = "",
 ) -> schemas.Version:
     """Takes a task's source as the model's next version and queues its ingest."""
-    limit = services.settings.max_upload_bytes
-    with tempfile.TemporaryDirectory(dir=services.settings.run_dir, prefix="push-") as room:
-        path = Path(room) / "source.tar"
-        _save(source, path, limit)
-        found = sources.inspect(path, max_bytes=4 * limit)
-        digest, size = services.blobs.store(path)
+    if (source is None) == (not upload):
+        raise InvalidInput(
+            "A push has either a `source` or the digest of an `upload`.", "Send it with: shoal model push"
+        )
+    found, digest, size = _sent(services, source) if source is not None else _uploaded(services, upload)
     with services.store.write() as session:
         version, _ = registry.push_version(
             session,
@@ -66,6 +69,28 @@ def push_version(
         )
         session.flush()
         return version_view(session, version, name)
+
+
+def _sent(services: Services, source: UploadFile) -> tuple[sources.Source, str, int]:
+    """A source that came with the request: what it holds, its blob's digest and size."""
+    limit = services.settings.max_upload_bytes
+    with tempfile.TemporaryDirectory(dir=services.settings.run_dir, prefix="push-") as room:
+        path = Path(room) / "source.tar"
+        _save(source, path, limit)
+        found = sources.inspect(path, max_bytes=4 * limit)
+        return found, *services.blobs.store(path)
+
+
+def _uploaded(services: Services, digest: str) -> tuple[sources.Source, str, int]:
+    """The same for a source that was uploaded before."""
+    try:
+        path = services.blobs.path(digest)
+    except NotFound as error:
+        raise NotFound(
+            f"There is no upload {digest[:19]}, or it is unfinished.", "Send it with: shoal model push"
+        ) from error
+    found = sources.inspect(path, max_bytes=4 * services.settings.max_upload_bytes)
+    return found, digest, path.stat().st_size
 
 
 def _save(upload: UploadFile, path: Path, limit: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal_controller.cli import options, output, packing, progress
+from shoal_controller.cli import options, output, packing, progress, pushed
 from shoal_controller.cli.connect import connect
 from shoal_controller.cli.output import Column
 from shoal_protos.errors import ShoalError
@@ -95,6 +95,8 @@ def push_model(
 ) -> None:
     """Uploads a task as the next version of a model.
 
+    An interrupted upload goes on where it stopped when the same command is given again.
+
     Example: shoal model push examples/digits.py --name digits --wait
     """
     name = name or task.stem
@@ -106,18 +108,35 @@ def push_model(
         if dry_run:
             return
         with connect(ctx) as client:
-            with progress.upload(total) as advance:
-                version = client.push(name, source, note, advance)
+            version = _send(client, name, source, note)
             if wait:
+                output.say(f"{name} v{version.number} is here; importing it, then its baseline.")
                 version = wait_for_version(
                     client, version.model or name, version.number, version.optimization, timeout
                 )
+            _tell(client, name, version, wait, as_json)
+
+
+def _send(client: Client, name: str, source: Path, note: str) -> schemas.Version:
+    try:
+        with progress.upload() as show:
+            return client.push(name, source, note, show)
+    except KeyboardInterrupt:
+        output.say("Stopped. What arrived is kept for a day: the same command goes on from there.")
+        raise
+
+
+def _tell(client: Client, name: str, version: schemas.Version, waited: bool, as_json: bool) -> None:
     if as_json:
         output.print_json(version)
+        return
+    value = version.baseline.value if version.baseline else None
+    figure = f", {version.metric or 'baseline'} {value:.4f}" if value is not None else ""
+    output.say(f"{name} v{version.number} is {version.state}{figure}.")
+    if waited:
+        pushed.report(client, version)
     else:
-        value = version.baseline.value if version.baseline else None
-        figure = f", {version.metric or 'baseline'} {value:.4f}" if value is not None else ""
-        output.say(f"{name} v{version.number} is {version.state}{figure}.")
+        output.say(f"Follow it: shoal optimization get {version.optimization} -w")
 
 
 def wait_for_version(client: Client, model: str, number: int, job: str, timeout: str) -> schemas.Version:

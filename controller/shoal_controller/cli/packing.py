@@ -6,7 +6,6 @@ The task is read as text, never imported: pushing needs neither torch nor trust 
 from __future__ import annotations
 
 import ast
-import io
 import os
 import tarfile
 from collections.abc import Sequence
@@ -123,12 +122,12 @@ def _expand(folder: Path, name: str) -> list[str]:
 def _add(archive: tarfile.TarFile, folder: Path, name: str) -> None:
     path = locate(folder, name)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            member = tarfile.TarInfo(PurePosixPath(name).as_posix())
+            member.size, member.mode, member.mtime = os.fstat(stream.fileno()).st_size, 0o644, 0
+            archive.addfile(member, stream)
     except OSError as error:
         raise InvalidInput(
-            f"`files` names '{name}', but {path} cannot be read: {error.strerror}.",
+            f"`files` names '{name}', but {path} cannot be read: {error.strerror or error}.",
             "Mend the list or make the file.",
         ) from error
-    member = tarfile.TarInfo(PurePosixPath(name).as_posix())
-    member.size, member.mode, member.mtime = len(data), 0o644, 0
-    archive.addfile(member, io.BytesIO(data))

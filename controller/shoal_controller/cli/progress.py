@@ -11,8 +11,11 @@ from shoal_controller.cli import durations, exits, output
 from shoal_controller.cli.watching import Watched, watch
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from shoal_controller.api import schemas
     from shoal_controller.client import Client
+    from shoal_controller.sending import Sent
 
 ENDED = ("done", "failed", "cancelled")
 EXIT_CODES = {"done": exits.OK, "failed": exits.FAILED, "cancelled": exits.FAILED}
@@ -32,23 +35,65 @@ MARKS = {
 
 
 @contextlib.contextmanager
-def upload(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for an upload of `total` bytes on stderr; silent when stderr is no terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
+def upload() -> Iterator[Callable[[Sent], None]]:
+    """A bar with rate and remaining time on stderr; without a terminal, a line for what is worth one."""
     console = output.stderr()
-    bar = Progress(
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
         TextColumn("uploading"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with bar:
-        task = bar.add_task("upload", total=total)
-        yield lambda size: bar.advance(task, size)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task: TaskID | None = None
+
+        def show(sent: Sent) -> None:
+            nonlocal task
+            if task is None:  # the rate is of what this command sends
+                task = bar.add_task("upload", total=sent.total, completed=sent.resumed, note="")
+                _say_resumed(sent)
+            bar.update(task, completed=sent.received, note=sent.note)
+
+        yield show
+
+
+class _Lines:
+    """What a log should have of an upload: that it resumed, why it waits."""
+
+    def __init__(self) -> None:
+        self._note: str | None = None
+
+    def __call__(self, sent: Sent) -> None:
+        if self._note is None:
+            _say_resumed(sent)
+        if sent.note and sent.note != self._note:
+            output.say(f"{_share(sent)}: {sent.note}.")
+        self._note = sent.note
+
+
+def _say_resumed(sent: Sent) -> None:
+    if sent.resumed >= sent.total:
+        output.say("The controller has these bytes already; nothing to upload.")
+    elif sent.resumed:
+        output.say(f"Going on where the last upload stopped, at {_share(sent)}.")
+
+
+def _share(sent: Sent) -> str:
+    return f"{output.size(sent.received)} of {output.size(sent.total)}"
 
 
 def step_line(optimization: schemas.Optimization) -> str:

@@ -1,0 +1,86 @@
+"""What `shoal model push --wait` ends with: the baseline, each class's plain variant, the next command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shoal_controller.cli import output
+from shoal_controller.cli.output import Column
+
+if TYPE_CHECKING:
+    from shoal_controller.api import schemas
+    from shoal_controller.client import Client
+
+
+@dataclass(frozen=True)
+class PlainState:
+    """How far one class is with the plain variant of a version."""
+
+    profile_class: str
+    devices: int  # of the fleet
+    variant: str = ""
+    state: str = "converting"
+    accuracy: float | None = None
+    size_bytes: int | None = None
+
+
+COLUMNS = (
+    Column("class", lambda s: s.profile_class, "id"),
+    Column("devices", lambda s: s.devices, "number"),
+    Column("plain_variant", lambda s: s.variant),
+    Column("state", lambda s: s.state),
+    Column("accuracy", lambda s: s.accuracy, "points"),
+    Column("size", lambda s: s.size_bytes, "bytes"),
+)
+
+
+def plain_states(
+    classes: Sequence[schemas.ClassSummary], variants: Sequence[schemas.Variant]
+) -> list[PlainState]:
+    """One line a class, of the fleet and of what was converted, in their order."""
+    devices = {found.name: found.devices for found in classes}
+    plain = [variant for variant in variants if variant.plain]
+    names = [*devices, *(f.profile_class for v in plain for f in v.classes)]
+    return [_state(name, devices.get(name, 0), plain) for name in dict.fromkeys(names)]
+
+
+def _state(name: str, devices: int, plain: Sequence[schemas.Variant]) -> PlainState:
+    found = [(v, f) for v in plain for f in v.classes if f.profile_class == name]
+    if not found:
+        return PlainState(name, devices)
+    variant, figures = max(found, key=lambda pair: (pair[1].serving, pair[1].on_front))
+    accuracy = figures.accuracy.value if figures.accuracy else None
+    return PlainState(name, devices, variant.name, _word(figures, devices), accuracy, variant.size_bytes)
+
+
+def _word(figures: schemas.VariantFigures, devices: int) -> str:
+    if figures.serving:
+        return f"passed its probe, serves on {figures.serving}"
+    latency = figures.latency_p95_ms
+    if latency is not None and latency.source == "probe":
+        return "passed its probe"
+    return "converted, not probed yet" if devices else "converted, no device yet"
+
+
+def next_command(model: str, fleet: int, endpoints: Sequence[schemas.Endpoint]) -> str:
+    """The sentence that ends a push: what to type now."""
+    own = [endpoint for endpoint in endpoints if endpoint.model == model]
+    if own:
+        going = next((e for e in own if e.rollout), None)
+        if going is not None:
+            return f"It is being rolled out: shoal rollout get {going.rollout} -w"
+        return f"Roll it out: shoal rollout create {own[0].name} -w"
+    create = f'shoal endpoint create {model} --model {model} --objective "accuracy>=0.9; minimise size"'
+    if not fleet:
+        return f"Join a device: shoal token create --join\nThen name what applications call: {create}"
+    return f"Name what applications call: {create}"
+
+
+def report(client: Client, version: schemas.Version) -> None:
+    """Prints the classes on stdout and the next command on stderr."""
+    classes = client.classes()
+    states = plain_states(classes, client.variants(version.model, version.number))
+    output.show_many(states, COLUMNS)
+    output.say(next_command(version.model, sum(c.devices for c in classes), client.endpoints()))
