@@ -73,3 +73,16 @@ def fits(need: RuntimeNeed, facts: ClassFacts) -> bool:
     if need.version_min and version_key(version) < version_key(need.version_min):
         return False
     return not (need.version_max and version_key(version) >= version_key(need.version_max))
+
+
+def class_reason(profile: Profile, profile_class: str) -> str:
+    """Why a device is of its class, in words."""
+    runtimes = ", ".join(f"{runtime.name} {runtime.version}" for runtime in profile.runtimes) or "no runtime"
+    accelerators = ", ".join(item.name or item.kind for item in profile.accelerators)
+    parts = [
+        f"{profile.architecture} with {profile.cores} usable cores",
+        f"instructions {', '.join(profile.isa_features) or 'of the base set'}",
+        *([f"accelerators {accelerators}"] if accelerators else []),
+        f"runtimes {runtimes}",
+    ]
+    return f"{profile_class}: {'; '.join(parts)}."

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shoal_agent.profile import class_of
-from shoal_controller import identity
+from shoal_controller import classes, identity
 from shoal_controller.identity import Keys
 from shoal_controller.settings import Settings
 from shoal_controller.store.repositories import new_id, record
@@ -19,6 +19,7 @@ from shoal_controller.store.tables import Device, JoinToken
 from shoal_protos import tokens
 from shoal_protos.errors import Denied, InvalidInput
 from shoal_protos.v1 import enrolment_pb2
+from shoal_protos.v1.profile_pb2 import Profile
 
 MAX_PROFILE_BYTES = 256 << 10
 ID_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no l, o, 0, 1: ids are read aloud
@@ -189,7 +190,7 @@ def _check_not_revoked(device: Device) -> None:
     if device.revoked:
         raise Denied(
             f"The device {device.name} was revoked.",
-            "To let the machine in again, delete its agent directory and join with a new token.",
+            "To let the machine in again, run `shoal-agent leave` on it and join with a new token.",
         )
 
 
@@ -276,4 +277,5 @@ def _issue(
         agent_addresses=list(agent_addresses),
         server_time_ms=now_ms,
         display_name=device.name,
+        class_reason=classes.class_reason(Profile.FromString(device.profile), device.profile_class),
     )

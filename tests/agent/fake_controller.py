@@ -166,6 +166,7 @@ class FakeController:
         self.devices: dict[str, Device] = {}
         self.by_key: dict[bytes, str] = {}
         self.revoked: set[str] = set()
+        self.left: dict[str, str] = {}  # device -> the reason that it gave
         self.blobs: dict[str, bytes] = {}
         self.pushed: dict[str, bytearray] = defaultdict(bytearray)
         self.acknowledge = True  # False: messages arrive and are never committed
@@ -352,6 +353,7 @@ class _Enrolment(enrolment_pb2_grpc.EnrolmentServicer):
             agent_addresses=[controller.agents_address],
             server_time_ms=controller.server_time_ms(),
             display_name=known.name,
+            class_reason=f"{class_of(known.profile)}: measured",
         )
 
 
@@ -380,6 +382,7 @@ class _Agents(agents_pb2_grpc.AgentsServicer):
             server_time_ms=controller.server_time_ms(),
             profile_class=class_of(first.hello.profile),
             display_name=device.name,
+            class_reason=f"{class_of(first.hello.profile)}: measured",
         )
         reader = asyncio.ensure_future(self._read(device, requests, queue))
         try:
@@ -399,6 +402,15 @@ class _Agents(agents_pb2_grpc.AgentsServicer):
             reader.cancel()
             if device.queue is queue:
                 device.queue = None
+
+    async def Leave(self, request: Any, context: Any) -> agents_pb2.LeaveReply:
+        name = _device_of(context)
+        self._controller.revoked.add(name)
+        self._controller.left[name] = request.reason
+        known = self._controller.devices.get(name)
+        if known is not None and known.queue is not None:
+            known.queue.put_nowait(agents_pb2.Down())  # wakes the stream, which then aborts
+        return agents_pb2.LeaveReply(device=name)
 
     async def _read(self, device: Device, requests: Any, queue: asyncio.Queue[agents_pb2.Down]) -> None:
         async for message in requests:

@@ -13,9 +13,10 @@ from sqlalchemy import select
 
 from shoal_controller import devices, identity
 from shoal_controller.app import Controller
+from shoal_controller.events import list_events
 from shoal_controller.settings import Settings
 from shoal_controller.store.tables import Desired, Device, Spool, Window
-from shoal_protos.v1 import agents_pb2, agents_pb2_grpc, blobs_pb2, telemetry_pb2
+from shoal_protos.v1 import agents_pb2, agents_pb2_grpc, blobs_pb2, blobs_pb2_grpc, telemetry_pb2
 
 BUNDLE = "sha256:" + "a" * 64
 
@@ -301,3 +302,25 @@ def _csr(agent: Any) -> bytes:
     from .conftest import csr_of
 
     return csr_of(agent.joined.key)
+
+
+async def test_a_device_leaves_and_may_ask_again(
+    agents: Any, eventually: Any, controller: Controller, device_row: Any
+) -> None:
+    agent = await agents()
+    assert agent.welcome.class_reason.startswith(agent.welcome.profile_class)
+    await eventually(lambda: agent.desired)
+    stub = agents_pb2_grpc.AgentsStub(agent.channel)  # type: ignore[no-untyped-call]
+    for _ in range(2):  # the answer to the first may be lost
+        reply = await stub.Leave(agents_pb2.LeaveRequest(reason="moved out"))
+        assert reply.device == agent.joined.device
+    assert device_row(agent.joined.device).revoked
+    await eventually(lambda: not controller.connections.is_connected(agent.joined.device))
+    with controller.store.read() as session:
+        (event,) = [e for e in list_events(session, kind="device", limit=50) if e.verb == "revoked"]
+    assert (event.actor, event.object, event.reason) == (
+        f"device:{agent.joined.device}", agent.joined.device, "moved out",
+    )  # fmt: skip
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:  # nothing else is open to it
+        await blobs_pb2_grpc.BlobsStub(agent.channel).Stat(blobs_pb2.StatRequest(digest=BUNDLE))  # type: ignore[no-untyped-call]
+    assert refusal.value.code() is grpc.StatusCode.PERMISSION_DENIED

@@ -15,6 +15,7 @@ from shoal_controller import devices, metrics, query, windows
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.api.events import event_view
+from shoal_controller.classes import class_reason
 from shoal_controller.device_status import STATUS_LETTERS, STATUSES, step_name
 from shoal_controller.devices import DeviceView
 from shoal_controller.events import list_events
@@ -244,19 +245,6 @@ def _with_fallback(
     state = desired_pb2.DesiredState.FromString(payload)
     fallback = {placement.endpoint for placement in state.placements if placement.settings.fallback}
     return [p.model_copy(update={"fallback": p.endpoint in fallback}) for p in placements]
-
-
-def class_reason(profile: profile_pb2.Profile, profile_class: str) -> str:
-    """Why a device is of its class, in words."""
-    runtimes = ", ".join(f"{runtime.name} {runtime.version}" for runtime in profile.runtimes) or "no runtime"
-    accelerators = ", ".join(item.name or item.kind for item in profile.accelerators)
-    parts = [
-        f"{profile.architecture} with {profile.cores} usable cores",
-        f"instructions {', '.join(profile.isa_features) or 'of the base set'}",
-        *([f"accelerators {accelerators}"] if accelerators else []),
-        f"runtimes {runtimes}",
-    ]
-    return f"{profile_class}: {'; '.join(parts)}."
 
 
 def _windows(session: Session, device: str) -> list[dict[str, Any]]:

@@ -24,6 +24,8 @@ from shoal_protos import errors
 
 log = logging.getLogger("shoal.gateway")
 
+# A device that was shut out may ask again to be shut out: the answer to its first call may be lost.
+OPEN_TO_REVOKED = frozenset({"/shoal.v1.Agents/Leave"})
 CODES = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -79,8 +81,8 @@ class Admission:
     def __init__(self, fleet: str, connections: Connections, clock: Clock) -> None:
         self._fleet, self._connections, self._clock = fleet, connections, clock
 
-    def peer(self, context: Any) -> Peer:
-        """The calling device.
+    def peer(self, context: Any, *, revoked: bool = False) -> Peer:
+        """The calling device. With `revoked` also one that was shut out.
 
         Raises:
             Denied: no device certificate of this fleet, expired, or revoked.
@@ -96,7 +98,8 @@ class Admission:
             ) from error
         if self._clock() > found.not_after_ms:
             raise errors.Denied("The device's certificate has expired.", "Renew it on the enrolment door.")
-        self._connections.check(found.device, found.serial)
+        if not revoked:
+            self._connections.check(found.device, found.serial)
         return Peer(found.device, found.serial, found.not_after_ms, _ip(context.peer()))
 
 
@@ -116,25 +119,25 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(details)
         if handler is None:
             return None
-        return self._guarded(handler)
+        return self._guarded(handler, revoked=details.method in OPEN_TO_REVOKED)
 
-    def _guarded(self, handler: Any) -> Any:
+    def _guarded(self, handler: Any, *, revoked: bool) -> Any:
         """The same handler behind a check, for each of gRPC's four kinds."""
         kind = "stream" if handler.request_streaming else "unary"
         kind += "_stream" if handler.response_streaming else "_unary"
         inner = getattr(handler, kind)
         make: Callable[..., Any] = getattr(grpc, f"{kind}_rpc_method_handler")
-        guard = self._stream(inner) if handler.response_streaming else self._unary(inner)
+        guard = self._stream(inner) if handler.response_streaming else self._unary(inner, revoked)
         return make(
             guard,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, inner: Any) -> Any:
+    def _unary(self, inner: Any, revoked: bool) -> Any:
         async def call(request: Any, context: Any) -> Any:
             async with mapped_errors(context):
-                self._admission.peer(context)
+                self._admission.peer(context, revoked=revoked)
                 return await inner(request, context)
 
         return call

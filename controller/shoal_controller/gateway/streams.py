@@ -1,4 +1,4 @@
-"""`Agents.Connect`: one stream a device, from its hello to its end."""
+"""`Agents.Connect`, one stream a device from its hello to its end, and `Agents.Leave`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from sqlalchemy.orm import Session
 
-from shoal_controller import desired_publish
+from shoal_controller import desired_publish, devices
+from shoal_controller.classes import class_reason
 from shoal_controller.gateway.connections import Connection
 from shoal_controller.services import Services
-from shoal_controller.store.tables import Desired
+from shoal_controller.store.tables import Desired, Device
 from shoal_protos import __version__
 from shoal_protos.errors import InvalidInput, ShoalError
 from shoal_protos.v1 import agents_pb2, agents_pb2_grpc, desired_pb2
+from shoal_protos.v1.profile_pb2 import Profile
 
 if TYPE_CHECKING:
     from shoal_controller.gateway.admission import Admission, Peer
@@ -29,6 +31,7 @@ IN_FLIGHT = 64  # spooled messages of one stream whose commit is awaited
 OUT_QUEUE = 256  # messages that wait to be written to one stream
 FEATURES = ("blobs.v1", "requests.v1", "trials.v1")
 UNTOLD_SILENCE_SECONDS = 65.0  # an agent begins at its own pace and adopts ours with its desired state
+MAX_REASON = 200  # characters
 CLOCK_DRIFT_MS = 1000  # a stored mapping is rewritten only when it moved by more
 
 
@@ -60,6 +63,23 @@ class AgentsServicer(agents_pb2_grpc.AgentsServicer):
                 else grpc.StatusCode.UNAVAILABLE
             )
             await context.abort(code, f"The controller ended the stream: {stream.reason}.")
+
+    async def Leave(self, request: agents_pb2.LeaveRequest, context: Any) -> agents_pb2.LeaveReply:  # noqa: N802
+        """The device shuts itself out. Answered also when it is shut out already: it may ask again."""
+        peer = self.admission.peer(context, revoked=True)
+        services = self._services
+
+        def leave(session: Session) -> str:
+            device = session.get(Device, peer.device)
+            if device is None:
+                return peer.serial  # this database never knew it, or no longer does
+            reason = request.reason[:MAX_REASON] or "the device left"
+            devices.revoke(session, device, actor=f"device:{device.id}", reason=reason)
+            return device.certificate_serial
+
+        serial = await services.store.submit(leave)
+        services.connections.revoke(peer.device, serial)
+        return agents_pb2.LeaveReply(device=peer.device)
 
     async def drain(self) -> None:
         """Waits until every ended stream's last facts are stored."""
@@ -144,13 +164,14 @@ class _Stream:
         self._boot_id = hello.boot_id
         self._note_clock(hello.boot_id, hello.monotonic_ns, now)
 
-        def greet(session: Session) -> tuple[str, str]:
+        def greet(session: Session) -> tuple[str, str, str]:
             device = services.intake.hello(session, peer.device, hello)
             if desired_publish.outrank(session, device.id, hello.epoch, hello.generation):
                 log.warning("Device %s has a newer state than this database; a new epoch begins", device.id)
-            return device.profile_class, device.name
+            reason = class_reason(Profile.FromString(device.profile), device.profile_class)
+            return device.profile_class, device.name, reason
 
-        profile_class, name = await services.store.submit(greet)
+        profile_class, name, reason = await services.store.submit(greet)
         await self._store_clock()
         self._connection = Connection(peer.device, peer.serial, since_ms=now, end=self.end, last_heard_ms=now)
         services.connections.add(self._connection)
@@ -162,6 +183,7 @@ class _Stream:
                 server_time_ms=services.clock(),
                 profile_class=profile_class,
                 display_name=name,
+                class_reason=reason,
             )
         )
 
