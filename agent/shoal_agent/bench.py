@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal_agent import runtimes
+from shoal_agent import processor, runtimes
 from shoal_agent.runtimes.base import Instance, Options
 from shoal_agent.runtimes.golden import example_inputs, load_arrays
 from shoal_agent.runtimes.tensors import Array, check_inputs
@@ -136,6 +136,13 @@ def time_bundles(
             result.ratio_low, result.ratio_high = median_interval(ratios)
             result.winner = winner(result.ratio, result.ratio_low, result.ratio_high)
         return result
+
+
+def untimed() -> TimingResult:
+    """What is said of a bundle that cannot be timed here: nothing, as a value."""
+    return TimingResult(
+        winner="unmeasured", ratio=math.nan, ratio_low=math.nan, ratio_high=math.nan, int8_share=math.nan
+    )
 
 
 def _measure(subjects: Sequence[_Subject], budget: Budget) -> None:
@@ -289,17 +296,28 @@ def run_outputs(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def execute(trial: Trial, store: Path, out: Path, budget: Budget | None = None) -> TrialResult:
+def execute(
+    trial: Trial, store: Path, out: Path, budget: Budget | None = None, *, emulated: bool | None = None
+) -> TrialResult:
     """Runs one trial on the bundles and data in `store`; outputs land in `out/outputs.npz`.
 
     A trial that cannot run is a result with `ok` false and the reason, not an exception.
+
+    Args:
+        emulated: an emulator's times are no figures, so a timing trial answers "unmeasured" at once, and
+            the context says `emulated`; None = as this process finds itself.
     """
+    emulated = processor.emulated_here() if emulated is None else emulated
     options = Options.from_proto(trial.options)
     result = TrialResult(trial=trial.id)
     try:
         bundle = open_bundle(store, trial.bundle)
         result.context.update(context(bundle, options))
-        if trial.kind == TRIAL_KIND_TIMING:
+        if emulated:
+            result.context["emulated"] = "yes"
+        if trial.kind == TRIAL_KIND_TIMING and emulated:
+            result.timing.CopyFrom(untimed())
+        elif trial.kind == TRIAL_KIND_TIMING:
             incumbent = open_bundle(store, trial.incumbent) if trial.incumbent else None
             result.timing.CopyFrom(time_bundles(bundle, incumbent, options, budget=budget))
         elif trial.kind == TRIAL_KIND_OUTPUTS:

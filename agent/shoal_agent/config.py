@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -207,8 +208,10 @@ def _check(name: str, value: Any, where: str) -> Any:
             raise InvalidInput(f"{where}: runtimes must be names separated by commas.")
         return tuple(item.strip() for item in items if item.strip()) or None
     if name == "child_prefix":
-        if not isinstance(value, str):
-            raise InvalidInput(f"{where}: child_prefix must be a command line.")
+        try:
+            shlex.split(value)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidInput(f"{where}: child_prefix must be a command line: {error}.") from error
         return value
     if name == "host":
         if not isinstance(value, str) or not value:

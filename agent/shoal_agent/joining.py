@@ -63,7 +63,9 @@ async def join(config: Config, token: JoinToken, name: str | None) -> tuple[Iden
     with locked(config.paths):
         store = IdentityStore(config.paths.identity, RealFs())
         store.check_fleet(token.fleet)
-        measured = profile.measure_cached(config.paths.profile_cache, config.runtimes)
+        measured = profile.measure_cached(
+            config.paths.profile_cache, config.runtimes, prefix=config.child_prefix
+        )
         identity, profile_class = await enrolment.join(store, token, measured, name or socket.gethostname())
         if config.runtimes:  # `run` must find what was promised at joining
             configs.remember(config.paths, runtimes=list(config.runtimes))

@@ -14,14 +14,13 @@ import math
 import os
 import resource
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal_agent import logs
+from shoal_agent import children, logs, processor
 from shoal_agent.clock import Clock
 from shoal_agent.config import Config
 from shoal_agent.link.base import Backoff
@@ -34,20 +33,28 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 600.0
+EMULATED_PATIENCE = 10
 CRASH_WINDOW_S = 300.0  # deaths within it ...
 CRASH_LOOP = 3  # ... that make a crash loop
 CALM_S = 60.0  # after living this long a server's next death is its first again
 MAX_OUTPUT = 8 * 1024 * 1024  # bytes of a child's standard output
 
 
-def python(*arguments: str) -> list[str]:
-    """The command line of one of our own processes."""
-    return [sys.executable, "-m", "shoal_agent", *arguments]
+def python(*arguments: str, prefix: str | None = None) -> list[str]:
+    """The command line of one of our own processes. `prefix`: the setting `child_prefix`."""
+    return [*children.interpreter(prefix), "-m", "shoal_agent", *arguments]
+
+
+def patience(seconds: float) -> float:
+    """A time limit for this machine: an emulated one is given ten times as long."""
+    return seconds * (EMULATED_PATIENCE if processor.emulated_here() else 1)
 
 
 def environment(config: Config) -> dict[str, str]:
     """What children inherit; the join token, if one is in the environment, is not theirs."""
     names = {key: value for key, value in os.environ.items() if key != "SHOAL_JOIN_TOKEN"}
+    if config.child_prefix:
+        names[children.VARIABLE] = config.child_prefix
     if config.runtimes:
         names["SHOAL_RUNTIMES"] = ",".join(config.runtimes)
     return names
@@ -116,7 +123,7 @@ class ServerProcess:
             else:
                 self._keep_ports = False  # perhaps the ports of last time are taken by now
                 if not waiter.done():
-                    log.error("the server process did not answer within %.0f s", START_TIMEOUT_S)
+                    log.error("the server process did not answer within %.0f s", patience(START_TIMEOUT_S))
                     await self._stop()
             await waiter
         finally:
@@ -128,7 +135,7 @@ class ServerProcess:
             self._on_died()
 
     async def _wait_until_up(self, waiter: asyncio.Future[int]) -> bool:
-        for _ in range(int(START_TIMEOUT_S / 0.05)):
+        for _ in range(int(patience(START_TIMEOUT_S) / 0.05)):
             if waiter.done():
                 return False
             if self._config.paths.private_socket.exists() and await self.client.live():
@@ -143,7 +150,7 @@ class ServerProcess:
         http, grpc = self._ports()
         command = python(
             "serve", "--managed", "--state", str(config.state_dir), "--host", config.host,
-            "--http-port", str(http), "--grpc-port", str(grpc),
+            "--http-port", str(http), "--grpc-port", str(grpc), prefix=config.child_prefix,
         )  # fmt: skip
         with logs.path(config.paths.logs, "server").open("ab") as output:
             return await asyncio.create_subprocess_exec(
@@ -285,14 +292,14 @@ class ProcessProber:
         paths = self._config.paths
         settings = base64.b64encode(wanted.settings).decode()
         command = python(
-            "probe", "--store", str(paths.store), "--bundle", wanted.bundle, "--settings", settings
-        )
-        outcome = await throwaway(
-            command, logs.path(paths.logs, "probe"), self._config, timeout_s=PROBE_TIMEOUT_S
-        )
+            "probe", "--store", str(paths.store), "--bundle", wanted.bundle, "--settings", settings,
+            prefix=self._config.child_prefix,
+        )  # fmt: skip
+        limit = patience(PROBE_TIMEOUT_S)
+        outcome = await throwaway(command, logs.path(paths.logs, "probe"), self._config, timeout_s=limit)
         value = outcome.last_json()
         if outcome.code is None:
-            return agents_pb2.ProbeReport(), f"no result within {PROBE_TIMEOUT_S:.0f} s"
+            return agents_pb2.ProbeReport(), f"no result within {limit:.0f} s"
         if outcome.code not in (0, 1) or value is None:
             return agents_pb2.ProbeReport(), describe(outcome.code)
         report = read_report(value)

@@ -13,36 +13,17 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from shoal_agent import children, processor
 from shoal_agent.features import FEATURES
 from shoal_protos import __version__
 from shoal_protos.errors import InvalidInput
 from shoal_protos.v1 import profile_pb2
 
 CLASS_RULE_VERSION = 1
-
-# /proc/cpuinfo flag -> our feature name. x86 lists them under "flags", Arm under "Features".
-_ISA: Mapping[str, str] = {
-    "avx2": "avx2",
-    "avx512f": "avx512f",
-    "avx512vl": "avx512vl",
-    "avx512bw": "avx512bw",
-    "avx512_vnni": "avx512_vnni",
-    "avx_vnni": "avx_vnni",
-    "amx_tile": "amx_tile",
-    "amx_int8": "amx_int8",
-    "amx_bf16": "amx_bf16",
-    "asimd": "neon",
-    "neon": "neon",
-    "asimddp": "dotprod",
-    "i8mm": "i8mm",
-    "sve": "sve",
-    "sve2": "sve2",
-}
 
 # Best first: the first tier whose features are all present names the hardware part of the class.
 _TIERS: Mapping[str, Sequence[tuple[str, frozenset[str]]]] = {
@@ -99,65 +80,37 @@ def _word(text: str) -> str:
 # ---------------------------------------------------------------------------- measuring
 
 
-def measure(runtimes: Sequence[str] | None = None, root: Path = Path("/")) -> profile_pb2.Profile:
+def measure(
+    runtimes: Sequence[str] | None = None, root: Path = Path("/"), *, prefix: str | None = None
+) -> profile_pb2.Profile:
     """Measures this machine.
 
     Args:
         runtimes: restricts the runtimes reported (and so used); None = every installed one.
         root: where `proc`, `sys` and `etc` lie; another one only in tests.
+        prefix: the setting `child_prefix`, as in `children.interpreter`.
 
     Raises:
         InvalidInput: a runtime that is unknown or not installed was asked for.
     """
-    machine = platform.machine().lower()
-    architecture = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    cpuinfo = _read(root / "proc/cpuinfo")
+    architecture, cpuinfo = processor.architecture(), _read(root / "proc/cpuinfo")
+    emulated = processor.is_emulated(architecture, cpuinfo)
+    model = processor.model(cpuinfo)
     return profile_pb2.Profile(
         architecture=architecture,
-        cpu_model=cpu_model(cpuinfo),
-        isa_features=isa_features(cpuinfo),
+        cpu_model=f"emulated on {model}".strip() if emulated else model,
+        isa_features=processor.features(architecture, root),
         cores=usable_cores(root),
         memory_bytes=usable_memory(root),
-        accelerators=accelerators(root),
-        runtimes=installed_runtimes(runtimes),
+        accelerators=[] if emulated else accelerators(root),  # those of the machine below
+        runtimes=installed_runtimes(runtimes, prefix=prefix),
         os=os_name(root),
         agent_version=__version__,
         features=sorted(FEATURES),
-        hardware_part=_read(root / "proc/device-tree/model").strip("\0\n "),
-        emulated=is_emulated(architecture, cpuinfo),
+        hardware_part="" if emulated else _read(root / "proc/device-tree/model").strip("\0\n "),
+        emulated=emulated,
         python_version=platform.python_version(),
     )
-
-
-def isa_features(cpuinfo: str) -> list[str]:
-    """Instruction set features that change which model is the fastest, sorted. Only those that
-    every core has: a thread may run on any of them."""
-    cores = [
-        frozenset(line.partition(":")[2].split())
-        for line in cpuinfo.splitlines()
-        if line.partition(":")[0].strip() in ("flags", "Features")
-    ]
-    common = frozenset.intersection(*cores) if cores else frozenset()
-    return sorted({_ISA[flag] for flag in common if flag in _ISA})
-
-
-def cpu_model(cpuinfo: str) -> str:
-    """Marketing name, for people only."""
-    for key in ("model name", "Model", "Hardware"):
-        match = re.search(rf"^{key}\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-        if match:
-            return match.group(1).strip()
-    return ""
-
-
-def is_emulated(architecture: str, cpuinfo: str) -> bool:
-    """True where the processor behind /proc/cpuinfo is not of the architecture that runs us
-    (qemu-user shows the host's), or names itself as an emulator."""
-    fields = {line.partition(":")[0].strip() for line in cpuinfo.splitlines()}
-    foreign = (architecture == "aarch64" and "vendor_id" in fields) or (
-        architecture == "x86_64" and "CPU implementer" in fields
-    )
-    return foreign or bool(re.search(r"^model name\s*:.*(QEMU|TCG)", cpuinfo, re.MULTILINE | re.IGNORECASE))
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -298,11 +251,14 @@ def runtime_versions(only: Sequence[str] | None = None) -> dict[str, str]:
 
 
 def installed_runtimes(
-    only: Sequence[str] | None = None, ask: Callable[[Iterable[str]], Mapping[str, list[str]]] | None = None
+    only: Sequence[str] | None = None,
+    ask: Callable[[Iterable[str]], Mapping[str, list[str]]] | None = None,
+    *,
+    prefix: str | None = None,
 ) -> list[profile_pb2.Runtime]:
     """Installed runtimes with versions and providers, sorted by name."""
     versions = runtime_versions(only)
-    providers = (ask or _ask_providers)(versions)
+    providers = ask(versions) if ask is not None else _ask_providers(versions, prefix)
     return [
         profile_pb2.Runtime(name=name, version=versions[name], providers=providers.get(name, []))
         for name in sorted(versions)
@@ -310,11 +266,11 @@ def installed_runtimes(
     ]
 
 
-def _ask_providers(names: Iterable[str]) -> dict[str, list[str]]:
+def _ask_providers(names: Iterable[str], prefix: str | None = None) -> dict[str, list[str]]:
     """Imports each runtime in a throwaway process: a broken package must not take the agent down."""
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-c", f"import json; print(json.dumps({_RUNTIMES[name][1]}))"],
+            [*children.interpreter(prefix), "-c", f"import json; print(json.dumps({_RUNTIMES[name][1]}))"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -342,7 +298,9 @@ def boot_id() -> str:
     return _read(Path("/proc/sys/kernel/random/boot_id")).strip()
 
 
-def measure_cached(cache: Path, runtimes: Sequence[str] | None = None) -> profile_pb2.Profile:
+def measure_cached(
+    cache: Path, runtimes: Sequence[str] | None = None, *, prefix: str | None = None
+) -> profile_pb2.Profile:
     """`measure`, remembered in `cache` for as long as boot, runtimes' versions and agent are the same.
 
     Asking runtimes for their providers takes a second or more; a start must not wait for that.
@@ -355,7 +313,7 @@ def measure_cached(cache: Path, runtimes: Sequence[str] | None = None) -> profil
         stored = json.loads(cache.read_bytes())
         if stored["key"] == key:
             return profile_pb2.Profile.FromString(bytes.fromhex(stored["profile"]))
-    profile = measure(runtimes)
+    profile = measure(runtimes, prefix=prefix)
     with contextlib.suppress(OSError):  # a cache; never worth failing for
         temporary = cache.with_name(cache.name + ".tmp")
         temporary.write_text(json.dumps({"key": key, "profile": profile.SerializeToString().hex()}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -59,7 +60,9 @@ class Supervisor:
         self._clock, self._fs = clock or SystemClock(), fs or RealFs()
         self._identities = IdentityStore(self._paths.identity, self._fs)
         self._identity: Identity = self._identities.load()
-        self._profile = profile.measure_cached(self._paths.profile_cache, config.runtimes)
+        self._profile = profile.measure_cached(
+            self._paths.profile_cache, config.runtimes, prefix=config.child_prefix
+        )
         self._class = profile.class_of(self._profile)
         self._boot_id = profile.boot_id()
         self._spool = Spool(
@@ -72,7 +75,7 @@ class Supervisor:
             keys=self._identity.desired_state_keys,
             clock=self._clock,
             fs=self._fs,
-            verify=vault.verify,
+            verify=functools.partial(vault.verify, prefix=config.child_prefix),
         )
         self._link = GrpcLink(
             self._identity,
@@ -439,7 +442,7 @@ class Supervisor:
                 await self._clock.sleep(1.0 + backoff.next())
 
     async def _renew(self) -> None:
-        self._identity = await vault.renew(self._paths.identity)
+        self._identity = await vault.renew(self._paths.identity, prefix=self._config.child_prefix)
         self._link.set_identity(self._identity)
         days = (self._identity.expires_ms - self._trust.now_ms()) / 86_400_000
         log.info("certificate renewed, valid for %.1f days", days)

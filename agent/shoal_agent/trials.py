@@ -24,7 +24,7 @@ from shoal_agent.config import Config
 from shoal_agent.files import FileContent
 from shoal_agent.fs import Fs, durable_write
 from shoal_agent.link.base import Content, Source
-from shoal_agent.processes import describe, python, throwaway
+from shoal_agent.processes import describe, patience, python, throwaway
 from shoal_agent.telemetry.spool import Spool
 from shoal_agent.trust import TRIAL, Trust
 from shoal_agent.update.store import BundleStore
@@ -158,12 +158,20 @@ class TrialRunner:
         self._fs.mkdir(out)
         text = base64.b64encode(trial.SerializeToString()).decode()
         outcome = await throwaway(
-            python("bench", text, "--store", str(self._store.root), "--out", str(out)),
+            python(
+                "bench",
+                text,
+                "--store",
+                str(self._store.root),
+                "--out",
+                str(out),
+                prefix=self._config.child_prefix,
+            ),
             logs.path(self._config.paths.logs, "probe"),
             self._config,
-            timeout_s=TIMEOUT_S,
+            timeout_s=patience(TIMEOUT_S),
             nice=NICE,
-            cpu_s=CPU_LIMIT_S,
+            cpu_s=int(patience(CPU_LIMIT_S)),
         )
         result = telemetry_pb2.TrialResult()
         try:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shoal_agent import children
 from shoal_agent.fs import RealFs
 from shoal_agent.identity import Identity, IdentityStore
 from shoal_protos import errors
@@ -25,31 +26,35 @@ TIMEOUT_S = 60.0
 REFUSED = 3
 
 
-def verify(signed: desired_pb2.Signed, public_keys: Sequence[bytes]) -> bytes:
+def verify(signed: desired_pb2.Signed, public_keys: Sequence[bytes], *, prefix: str | None = None) -> bytes:
     """`signing.verify` in a child process. Blocking.
+
+    Args:
+        prefix: the setting `child_prefix`, as in `children.interpreter`.
 
     Raises:
         TamperedData: no trusted key made a valid signature over these bytes.
         Unavailable: the child could not do its work.
     """
-    output = _child(["verify", *(key.hex() for key in public_keys)], signed.SerializeToString())
+    arguments = ["verify", *(key.hex() for key in public_keys)]
+    output = _child(arguments, signed.SerializeToString(), prefix)
     if output.strip() != hashlib.sha256(signed.payload).hexdigest().encode():
         raise TamperedData("The signature could not be verified.")
     return signed.payload
 
 
-async def renew(directory: Path) -> Identity:
+async def renew(directory: Path, *, prefix: str | None = None) -> Identity:
     """Renews the identity stored in `directory` and returns the new one.
 
     Raises:
         Denied, Unavailable, TamperedData: as `link.enrolment.renew`.
     """
-    await asyncio.to_thread(_child, ["renew", str(directory)], b"")
+    await asyncio.to_thread(_child, ["renew", str(directory)], b"", prefix)
     return IdentityStore(directory, RealFs()).load()
 
 
-def _child(arguments: Sequence[str], data: bytes) -> bytes:
-    command = [sys.executable, "-m", "shoal_agent.vault", *arguments]
+def _child(arguments: Sequence[str], data: bytes, prefix: str | None) -> bytes:
+    command = [*children.interpreter(prefix), "-m", "shoal_agent.vault", *arguments]
     try:
         result = subprocess.run(command, input=data, capture_output=True, timeout=TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -138,3 +138,24 @@ class TestTrials:
 
     def test_an_argument_that_is_no_trial_is_refused(self, tmp_path: Path) -> None:
         assert bench.main(["%%%", "--store", str(tmp_path), "--out", str(tmp_path)]) == 2
+
+
+def test_an_emulator_answers_at_once_that_it_cannot_time(tmp_path: Path) -> None:
+    bundle = bundles.vector_bundle(tmp_path)
+    trial = Trial(id="t", bundle=bundle.digest, kind=TRIAL_KIND_TIMING, incumbent="sha256:" + "0" * 64)
+    result = execute(trial, bundle.path, tmp_path / "out", emulated=True)
+    assert result.ok and result.context["emulated"] == "yes"
+    assert result.timing.winner == "unmeasured" and math.isnan(result.timing.ratio)
+    assert result.timing.candidate.runs == 0  # not even started
+
+
+def test_outputs_of_an_emulator_count_and_are_marked(tmp_path: Path) -> None:
+    bundle = bundles.vector_bundle(tmp_path)
+    spec = bundle.config.signature.inputs[0]
+    inputs = np.zeros((3, *spec.shape[1:]), np.float32)
+    trial = Trial(
+        id="t", bundle=bundle.digest, kind=TRIAL_KIND_OUTPUTS, dataset=put(bundle.path, {spec.name: inputs})
+    )
+    result = execute(trial, bundle.path, tmp_path / "out", emulated=True)
+    assert result.ok and result.outputs_blob and result.context["emulated"] == "yes"
+    assert "emulated" not in execute(trial, bundle.path, tmp_path / "out", emulated=False).context

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shoal_agent import profile
+from shoal_agent import processor, profile
 from shoal_agent.profile import class_of
 from shoal_protos.errors import InvalidInput
 from shoal_protos.v1 import profile_pb2
@@ -30,7 +33,58 @@ def cpuinfo(*cores: str, key: str = "flags") -> str:
     ],
 )
 def test_isa_features(text: str, features: list[str]) -> None:
-    assert profile.isa_features(text) == features
+    assert processor.isa_features(text) == features
+
+
+def auxiliary(**values: int) -> bytes:
+    kinds = {"hwcap": 16, "hwcap2": 26, "pagesz": 6}
+    entries = [(kinds[name], value) for name, value in values.items()]
+    return b"".join(struct.pack("<QQ", *entry) for entry in [*entries, (0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("vector", "features"),
+    [
+        (auxiliary(pagesz=4096, hwcap=0x887), ["neon"]),  # Raspberry Pi 4
+        (auxiliary(hwcap=0x100FFF), ["dotprod", "neon"]),  # Raspberry Pi 5
+        (auxiliary(hwcap=0xECFFFFFB, hwcap2=0x7F877FFF), ["dotprod", "i8mm", "neon", "sve", "sve2"]),
+        (auxiliary(hwcap=0x100FFF)[:21], ["dotprod", "neon"]),  # cut off
+        (b"", []),
+    ],
+)
+def test_features_from_the_auxiliary_vector(vector: bytes, features: list[str], tmp_path: Path) -> None:
+    put(tmp_path, "proc/cpuinfo", cpuinfo("avx2 avx512f"))  # the machine below an emulator
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/auxv").write_bytes(vector)
+    assert processor.features("aarch64", tmp_path) == features
+
+
+@given(st.binary())
+def test_any_auxiliary_vector_is_read(vector: bytes) -> None:
+    assert set(processor.auxiliary_features(vector)) <= {"neon", "dotprod", "i8mm", "sve", "sve2"}
+
+
+def test_a_32_bit_system_on_a_64_bit_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert processor.architecture() == "aarch64"
+    monkeypatch.setattr("struct.calcsize", lambda _: 4)
+    assert processor.architecture() == "armv7l"
+
+
+def test_an_emulated_machine_has_nothing_of_the_machine_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    put(tmp_path, "proc/cpuinfo", "vendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t: avx2\n")
+    put(tmp_path, "proc/device-tree/model", "Raspberry Pi 5\0")
+    put(tmp_path, "sys/class/drm/card0/device/vendor", "0x8086\n")
+    measured = profile.measure(["onnxruntime"], tmp_path)
+    assert measured.emulated and measured.cpu_model == "emulated on EPYC"
+    assert not measured.hardware_part and not measured.accelerators and not measured.isa_features
+    put(tmp_path, "proc/cpuinfo", "CPU implementer\t: 0x41\nFeatures\t: fp asimd asimddp\n")
+    measured = profile.measure(["onnxruntime"], tmp_path)
+    assert not measured.emulated and measured.hardware_part == "Raspberry Pi 5"
+    assert list(measured.isa_features) == ["dotprod", "neon"]
 
 
 def make(architecture: str, *isa: str, cores: int = 2, runtimes: tuple[str, ...] = (), gpu: str = "") -> str:
@@ -105,9 +159,9 @@ def test_accelerators_by_the_drivers_files(tmp_path: Path) -> None:
 
 
 def test_emulation_shows_in_cpuinfo() -> None:
-    assert profile.is_emulated("aarch64", "vendor_id\t: GenuineIntel\n")
-    assert profile.is_emulated("x86_64", "model name\t: QEMU TCG CPU version 2.5+\n")
-    assert not profile.is_emulated("x86_64", "vendor_id\t: GenuineIntel\nmodel name\t: Test\n")
+    assert processor.is_emulated("aarch64", "vendor_id\t: GenuineIntel\n")
+    assert processor.is_emulated("x86_64", "model name\t: QEMU TCG CPU version 2.5+\n")
+    assert not processor.is_emulated("x86_64", "vendor_id\t: GenuineIntel\nmodel name\t: Test\n")
 
 
 def test_this_machine(tmp_path: Path) -> None:
@@ -126,7 +180,7 @@ def test_unknown_runtime_says_what_to_install() -> None:
 def test_cache_holds_for_boot_and_versions_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def ask(names: Iterable[str]) -> dict[str, list[str]]:
+    def ask(names: Iterable[str], prefix: str | None) -> dict[str, list[str]]:
         asked.append(1)
         return {name: [] for name in names}
 

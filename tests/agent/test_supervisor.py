@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -295,6 +296,42 @@ async def test_trials_requests_and_settings(
     await agent.until(lambda: len(agent.device.hellos) == 2)
     await asyncio.sleep(1.5)
     assert len(agent.device.items("trial")) == 2  # done once, also over a restart
+
+
+async def test_every_child_is_started_through_the_prefix(agent: Agent, good: Bundle, tmp_path: Path) -> None:
+    used = tmp_path / "used.log"
+    wrapper = tmp_path / "an emulator.sh"  # the blank is meant
+    wrapper.write_text(f'#!/bin/sh\necho "$*" >> {shlex.quote(str(used))}\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    prefix = shlex.quote(str(wrapper))
+    await agent.start(SHOAL_AGENT_CHILD_PREFIX=prefix)
+    await agent.serve(good)
+    lines = used.read_text().splitlines()
+    assert all(line.startswith(sys.executable) for line in lines)
+    for name in ("shoal_agent.vault verify", "shoal_agent serve", "shoal_agent probe"):
+        assert any(name in line for line in lines), (name, lines)
+    # Signals still reach the process itself, and an orphan is still known as one.
+    before = server_pid(agent)
+    os.kill(before, signal.SIGKILL)
+    await agent.until(lambda: server_pid(agent) not in (0, before), "another server")
+    orphan = server_pid(agent)
+    await agent.kill()
+    assert alive(orphan)
+    await agent.start(SHOAL_AGENT_CHILD_PREFIX=prefix)
+    await agent.until(lambda: server_pid(agent) not in (0, orphan), "a server of its own")
+    assert not alive(orphan)
+
+
+def server_pid(agent: Agent) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int((agent.config.paths.runtime / "server.pid").read_text())
+    return 0
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty = ended, not yet waited for
+    return False
 
 
 async def test_a_lower_generation_is_refused_and_reported(agent: Agent, good: Bundle) -> None:

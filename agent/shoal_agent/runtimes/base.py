@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from shoal_agent.runtimes.tensors import Array
 from shoal_protos.bundle import Bundle, RuntimeNeed
@@ -179,12 +177,9 @@ def version_key(version: str) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=1)
 def machine_isa() -> frozenset[str]:
     """This machine's CPU features by the profile's names."""
-    from shoal_agent.profile import isa_features
+    from shoal_agent import processor
 
-    text = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    return frozenset(isa_features(text))
+    return frozenset(processor.features(processor.architecture()))
 
 
 def share(quantized: int, floating: int) -> float:

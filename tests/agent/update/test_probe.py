@@ -106,3 +106,20 @@ def test_a_bundle_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert code == 1
     assert "missing" in json.loads(written[0])["reason"]
     assert probe.main(["--store", str(tmp_path), "--settings", "%%"]) == 2
+
+
+def test_an_emulator_proves_answers_and_claims_no_figures(tmp_path: Path) -> None:
+    bundle = bundles.int8_bundle(tmp_path)
+    settings = PlacementSettings(
+        promised_int8_share=0.9, envelope=Envelope(latency_p95_ms=1e-6, latency_tolerance=1, memory_bytes=1)
+    )
+    report, reason = probe.probe(bundle, settings, emulated=True)
+    assert report.ok and reason == "" and report.unmeasured == "emulated"
+    assert math.isnan(report.latency_p95_ms) and report.memory_bytes == 0
+    assert report.int8_share == 1 and report.agreement >= 0.95
+    wrong = bundles.onnx_bundle(tmp_path / "wrong", seed=1, golden=bundles.image_golden(0))
+    report, reason = probe.probe(wrong, PlacementSettings(), emulated=True)
+    assert (report.ok, reason) == (False, "golden mismatch")
+    floating = bundles.onnx_bundle(tmp_path / "floating", precision="int8")
+    report, reason = probe.probe(floating, PlacementSettings(promised_int8_share=0.9), emulated=True)
+    assert (report.ok, reason) == (False, "int8 share 0 below 0.9")
