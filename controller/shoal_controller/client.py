@@ -172,6 +172,14 @@ class Client:
         params = {"reason": reason} if reason else None
         return self._one(schemas.Device, "DELETE", f"/devices/{device}", params=params)
 
+    def ask_device(self, device: str, kind: str) -> schemas.DeviceRequest:
+        """Asks for "logs", a "diagnose" or a new "profile"; the device answers when it is there."""
+        return self._one(schemas.DeviceRequest, "POST", f"/devices/{device}/requests", json={"kind": kind})
+
+    def device_requests(self, device: str) -> list[schemas.DeviceRequest]:
+        """What was asked of a device, newest first."""
+        return self._many(schemas.DeviceRequest, f"/devices/{device}/requests")
+
     def classes(self) -> list[schemas.ClassSummary]:
         return self._many(schemas.ClassSummary, "/classes")
 

@@ -105,7 +105,7 @@ class TrialFacts:
 @dataclass(frozen=True)
 class RequestFacts:
     id: str
-    kind: str  # "logs", "diagnose"
+    kind: str  # "logs", "diagnose", "profile"
     not_after_ms: int
 
 
@@ -133,6 +133,9 @@ class DeviceInputs:
     trials: Sequence[TrialFacts] = ()
     requests: Sequence[RequestFacts] = ()
     agent: AgentFacts = AgentFacts()
+    pins: Mapping[str, str] = field(default_factory=dict)  # endpoint -> variant id that the device keeps
+    # A quarantined device keeps just this (endpoint -> variant id); None = it is not quarantined.
+    held: Mapping[str, str] | None = None
 
 
 def merge(inputs: DeviceInputs) -> DesiredContent:
@@ -165,6 +168,19 @@ def chosen_assignment(endpoint: EndpointFacts) -> tuple[str, int]:
     if rollout.state != "stopping" and rollout.device_state in MOVED:
         return rollout.to_assignment, rollout.attempt
     return rollout.from_assignment, endpoint.attempt
+
+
+def kept_variant(inputs: DeviceInputs, endpoint: str) -> str | None:
+    """The variant id that the device keeps at an endpoint whatever rollouts say ("" = none, it is
+    quarantined and had nothing); None = rollouts decide."""
+    if inputs.held is not None:
+        return inputs.held.get(endpoint, "")
+    return inputs.pins.get(endpoint)
+
+
+def _kept_placement(inputs: DeviceInputs, variant: VariantFacts) -> tuple[VariantFacts, bool]:
+    """A pin is a choice; what a quarantined device had may have been a fallback, with nothing measured."""
+    return variant, inputs.held is not None and inputs.profile_class not in variant.envelopes
 
 
 def variant_for(inputs: DeviceInputs, assignment: AssignmentFacts) -> tuple[VariantFacts, bool] | None:
@@ -221,7 +237,12 @@ def _number(version: str) -> tuple[int, ...]:
 def _placement(inputs: DeviceInputs, endpoint: EndpointFacts) -> desired_pb2.Placement | None:
     chosen, attempt = chosen_assignment(endpoint)
     assignment = inputs.assignments.get(chosen)
-    found = variant_for(inputs, assignment) if assignment is not None else None
+    kept = kept_variant(inputs, endpoint.name)
+    if kept is None:
+        found = variant_for(inputs, assignment) if assignment is not None else None
+    else:
+        known = inputs.variants.get(kept)
+        found, attempt = _kept_placement(inputs, known) if known is not None else None, endpoint.attempt
     if found is None:
         return None
     variant, fallback = found
@@ -284,7 +305,7 @@ def _memory_limit(measured: int) -> int:
 def _kept(inputs: DeviceInputs, endpoint: EndpointFacts) -> set[str]:
     """Both sides of a rollout stay on disk until it ends, so that no way back needs a download."""
     rollout = endpoint.rollout
-    if rollout is None or rollout.state not in ACTIVE:
+    if rollout is None or rollout.state not in ACTIVE or kept_variant(inputs, endpoint.name) is not None:
         return set()
     sides = (inputs.assignments.get(key) for key in (rollout.from_assignment, rollout.to_assignment))
     found = (variant_for(inputs, side) for side in sides if side is not None)
@@ -306,7 +327,11 @@ def _trial(trial: TrialFacts) -> desired_pb2.Trial:
 
 
 def _request(request: RequestFacts) -> desired_pb2.Request:
-    kinds = {"logs": desired_pb2.REQUEST_KIND_LOGS, "diagnose": desired_pb2.REQUEST_KIND_DIAGNOSE}
+    kinds = {
+        "logs": desired_pb2.REQUEST_KIND_LOGS,
+        "diagnose": desired_pb2.REQUEST_KIND_DIAGNOSE,
+        "profile": desired_pb2.REQUEST_KIND_PROFILE,
+    }
     return desired_pb2.Request(id=request.id, kind=kinds[request.kind], not_after_ms=request.not_after_ms)
 
 

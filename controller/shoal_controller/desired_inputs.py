@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import String, cast, select
 from sqlalchemy.orm import Session
 
 from shoal_controller import query
@@ -111,7 +111,7 @@ def _load_facts(session: Session, blobs: BlobStore, now_ms: int) -> _Facts:
     wanted = {endpoint.assignment for endpoint in endpoints}
     for rollout in rollouts.values():
         wanted |= {rollout.from_assignment, rollout.to_assignment}
-    assignments, variants = _load_assignments(session, blobs, wanted - {""})
+    assignments, variants = _load_assignments(session, blobs, wanted - {""}, _kept_variants(session))
     states = select(RolloutDevice.rollout, RolloutDevice.device, RolloutDevice.state).where(
         RolloutDevice.rollout.in_([rollout.id for rollout in rollouts.values()])
     )
@@ -128,6 +128,13 @@ def _load_facts(session: Session, blobs: BlobStore, now_ms: int) -> _Facts:
     )
 
 
+def _kept_variants(session: Session) -> set[str]:
+    """Variants that pinned and quarantined devices keep, assigned or not."""
+    some = (cast(Device.pins, String) != "{}") | (cast(Device.held, String) != "{}")
+    rows = session.execute(select(Device.pins, Device.held).where(Device.revoked.is_(False), some))
+    return {variant for row in rows for kept in row for variant in kept.values()}
+
+
 def _attempts(session: Session, assignments: set[str]) -> dict[str, int]:
     """A promoted assignment keeps its rollout's attempt: promotion changes nothing on the device."""
     rows = session.execute(
@@ -142,7 +149,7 @@ def _attempts(session: Session, assignments: set[str]) -> dict[str, int]:
 
 
 def _load_assignments(
-    session: Session, blobs: BlobStore, ids: set[str]
+    session: Session, blobs: BlobStore, ids: set[str], kept: set[str]
 ) -> tuple[dict[str, AssignmentFacts], dict[str, VariantFacts]]:
     assignments: dict[str, AssignmentFacts] = {}
     created: dict[str, int] = {}  # variant -> when it was first assigned
@@ -155,7 +162,8 @@ def _load_assignments(
         assignments[row.id] = AssignmentFacts(row.id, row.choice, frozenset(fronts))
         for variant in row.choice.values():
             created[variant] = min(row.created_ms, created.get(variant, row.created_ms))
-    return assignments, _load_variants(session, blobs, created)
+    # A variant that was never assigned has the figures of its first measurements, which stay the same too.
+    return assignments, _load_variants(session, blobs, dict.fromkeys(kept, 0) | created)
 
 
 def _load_variants(session: Session, blobs: BlobStore, created: Mapping[str, int]) -> dict[str, VariantFacts]:
@@ -184,8 +192,11 @@ def _load_figures(session: Session, created: Mapping[str, int]) -> dict[str, dic
     )
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row.time_ms <= created[row.variant]:
+        assigned = created[row.variant]
+        if row.time_ms <= assigned:
             found[row.variant][row.profile_class][row.kind] = row.figures
+        elif not assigned:
+            found[row.variant][row.profile_class].setdefault(row.kind, row.figures)
     return found
 
 
@@ -249,6 +260,7 @@ def _load_requests(session: Session, now_ms: int) -> dict[str, list[RequestFacts
 def _device_inputs(device: Device, facts: _Facts, fleet: str) -> DeviceInputs:
     profile = profile_pb2.Profile.FromString(device.profile)
     stable = query.stable_facts(device, profile)
+    held = device.held if device.quarantined else {}
     return DeviceInputs(
         fleet=fleet,
         device=device.id,
@@ -258,13 +270,16 @@ def _device_inputs(device: Device, facts: _Facts, fleet: str) -> DeviceInputs:
         endpoints=[
             _endpoint(endpoint, device.id, facts)
             for endpoint in facts.endpoints
-            if endpoint.project == device.project and query.parse(endpoint.filter).matches(stable)
+            if endpoint.project == device.project
+            and (endpoint.name in held or query.parse(endpoint.filter).matches(stable))
         ],
         assignments=facts.assignments,
         variants=facts.variants,
         trials=facts.trials.get(device.id, ()),
         requests=facts.requests.get(device.id, ()),
         agent=facts.agent,
+        pins=device.pins,
+        held=held if device.quarantined else None,
     )
 
 

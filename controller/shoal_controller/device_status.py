@@ -44,7 +44,10 @@ def step_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class PlacementFacts:
-    """One placement as the device reported it last. `wanted` and `serving` are bundles."""
+    """One placement: what the device should have now (`wanted`) and what it reported last.
+
+    `wanted` and `serving` are bundles; step 0 = it has not reported on this placement.
+    """
 
     endpoint: str
     wanted: str
@@ -53,6 +56,8 @@ class PlacementFacts:
     reason: str = ""
     detail: str = ""
     fallback: bool = False
+    pinned: bool = False
+    current: bool = True  # the report is about what the device should have now
     wanted_name: str = ""
     serving_name: str = ""
     serves: str = ""  # "digits v1"
@@ -116,6 +121,35 @@ def _degraded(facts: StatusFacts) -> str:
     if facts.clock_wrong:
         return "its clock is wrong"
     return "it is throttled by heat or power" if facts.throttled else ""
+
+
+def likely_causes(address: str) -> list[str]:
+    """Why a device that joined was never heard, the likeliest first. `address` is the agents' door."""
+    return [
+        "The agent does not run. On the device: systemctl status shoal-agent, or start it: shoal-agent run",
+        f"It cannot reach the controller at {address or 'its port 8443'}: a firewall, another network, or an "
+        "address that changed. On the device: shoal-agent doctor",
+        "Its clock is far off, so that certificates look invalid. On the device: timedatectl",
+    ]
+
+
+def next_step(name: str, facts: StatusFacts, *, logs: bool = False) -> str:
+    """What a person can do about a device that is not well; "" if nothing is wrong. Pure."""
+    if facts.revoked:
+        return "To let the machine in again, join it with a new token: shoal token create --join"
+    if not facts.last_seen_ms:
+        return "On the device: shoal-agent doctor"
+    if not facts.connected and facts.now_ms - facts.last_seen_ms > facts.offline_after_s * 1000:
+        return (
+            f"Check its power and network; it serves on meanwhile. shoal device diagnose {name} is answered "
+            "when it returns."
+        )
+    if any(p.step in FAILED_STEPS for p in facts.placements):
+        more = "Its logs are below. " if logs else f"Read its logs: shoal device logs {name}. "
+        return f"{more}It serves on with what it had; a newer variant or a rollout tries again."
+    if facts.refusal or facts.clock_wrong or facts.throttled:
+        return f"Ask the device what is wrong: shoal device diagnose {name}"
+    return ""
 
 
 def _span(ms: int) -> str:

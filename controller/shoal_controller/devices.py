@@ -1,4 +1,4 @@
-"""Devices as people see them: one view a device, patching and revoking."""
+"""Devices as people see them: one view a device, changing and removing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from shoal_controller import holding
+from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock
 from shoal_controller.device_status import FindingFacts, PlacementFacts, StatusFacts, judge
 from shoal_controller.enrolment import unique_name
@@ -22,7 +24,7 @@ from shoal_controller.settings import Settings
 from shoal_controller.store.repositories import Store, record
 from shoal_controller.store.tables import Desired, Device, Endpoint, Finding, Model, Variant, Version
 from shoal_protos.errors import Conflict, InvalidInput
-from shoal_protos.v1 import agents_pb2, profile_pb2
+from shoal_protos.v1 import agents_pb2, desired_pb2, profile_pb2
 
 FRESH_SECONDS = 900  # older figures are not shown as current
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]{0,62}\Z")
@@ -52,7 +54,37 @@ class DeviceView:
     joined_ms: int
     agent_version: str
     placements: tuple[PlacementFacts, ...]
+    quarantined: bool
+    pins: Mapping[str, str]
+    desired_ms: int
+    judged: StatusFacts = field(repr=False)
+    profile: profile_pb2.Profile = field(repr=False)
     facts: Mapping[str, Any] = field(repr=False, default_factory=dict)  # what filters look at
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What one device should have, as signed last."""
+
+    number: tuple[int, int]  # epoch, generation
+    issued_ms: int
+    placements: Mapping[str, desired_pb2.Placement]  # primary ones by endpoint
+
+
+_NOTHING = _Published((0, 0), 0, {})
+
+
+def _published(session: Session, only: str) -> dict[str, _Published]:
+    query = select(Desired.device, Desired.epoch, Desired.generation, Desired.issued_ms, Desired.signed)
+    if only:
+        query = query.where(Desired.device == only)
+    found = {}
+    for row in session.execute(query):
+        payload = desired_pb2.Signed.FromString(row.signed).payload
+        state = desired_pb2.DesiredState.FromString(payload)
+        placements = {p.endpoint: p for p in state.placements if p.role in (0, desired_pb2.ROLE_PRIMARY)}
+        found[row.device] = _Published((row.epoch, row.generation), row.issued_ms, placements)
+    return found
 
 
 @dataclass(frozen=True)
@@ -88,13 +120,10 @@ def load_views(
     if only:
         query = query.where(Device.id == only)
     names = _Names(bundle_names(session))
-    generations = {
-        row[0]: (row[1], row[2])
-        for row in session.execute(select(Desired.device, Desired.epoch, Desired.generation))
-    }
+    published = _published(session, only)
     findings = _findings(session)
     return [
-        _view(device, names, generations.get(device.id), findings, now_ms, settings, connections)
+        _view(device, names, published.get(device.id, _NOTHING), findings, now_ms, settings, connections)
         for device in session.scalars(query)
     ]
 
@@ -115,7 +144,7 @@ def _findings(session: Session) -> dict[str, list[FindingFacts]]:
 def _view(
     device: Device,
     names: _Names,
-    generation: tuple[int, int] | None,
+    published: _Published,
     findings: Mapping[str, list[FindingFacts]],
     now_ms: int,
     settings: Settings,
@@ -123,27 +152,26 @@ def _view(
 ) -> DeviceView:
     reported = agents_pb2.Reported.FromString(device.reported or b"")
     profile = profile_pb2.Profile.FromString(device.profile)
-    placements = tuple(_placement(status, names) for status in reported.placements)
+    placements = _placements(device, reported, published, names)
     live = connections is not None and connections.is_connected(device.id)
     last_seen = max(device.last_seen_ms, connections.last_heard(device.id) if connections else 0)
     own = [*findings.get(f"device:{device.id}", ())]
-    for placement in placements:
+    for placement in placements if not device.quarantined else ():  # its class's findings are not about it
         own += findings.get(f"{placement.endpoint}/{device.profile_class}", ())
-    status, reason = judge(
-        StatusFacts(
-            revoked=device.revoked,
-            connected=live or (connections is None and device.connected),
-            last_seen_ms=last_seen,
-            now_ms=now_ms,
-            offline_after_s=settings.offline_after_seconds,
-            behind=generation is not None and (reported.epoch, reported.generation) < generation,
-            clock_wrong=reported.clock_wrong,
-            throttled=bool(device.system.get("throttled")),
-            refusal=reported.refusals[-1].reason if reported.refusals else "",
-            placements=placements,
-            findings=own,
-        )
+    judged = StatusFacts(
+        revoked=device.revoked,
+        connected=live or (connections is None and device.connected),
+        last_seen_ms=last_seen,
+        now_ms=now_ms,
+        offline_after_s=settings.offline_after_seconds,
+        behind=(reported.epoch, reported.generation) < published.number,
+        clock_wrong=reported.clock_wrong,
+        throttled=bool(device.system.get("throttled")),
+        refusal=reported.refusals[-1].reason if reported.refusals else "",
+        placements=placements,
+        findings=own,
     )
+    status, reason = judge(judged)
     figures = _current(device.figures, now_ms)
     requests = figures.get("requests", 0)
     seconds = figures.get("seconds") or 0
@@ -165,6 +193,11 @@ def _view(
         joined_ms=device.joined_ms,
         agent_version=device.agent_version,
         placements=placements,
+        quarantined=device.quarantined,
+        pins=device.pins,
+        desired_ms=published.issued_ms,
+        judged=judged,
+        profile=profile,
     )
     facts = stable_facts(device, profile) | {
         "status": status,
@@ -177,21 +210,58 @@ def _view(
         "errors": view.error_share,
         "temperature": view.temperature_celsius,
         "seen": now_ms - last_seen,
+        "is": _marks(view),
     }
     object.__setattr__(view, "facts", facts)
     return view
 
 
-def _placement(status: agents_pb2.PlacementStatus, names: _Names) -> PlacementFacts:
+def _marks(view: DeviceView) -> list[str]:
+    """What the filter field `is` looks at."""
+    marks = {
+        "quarantined": view.quarantined,
+        "pinned": bool(view.pins),
+        "fallback": any(p.fallback for p in view.placements),
+        "emulated": view.profile.emulated,
+    }
+    return [name for name, so in marks.items() if so]
+
+
+def _placements(
+    device: Device, reported: agents_pb2.Reported, published: _Published, names: _Names
+) -> tuple[PlacementFacts, ...]:
+    """What was reported, then what was published and is not reported yet."""
+    found = [
+        _placement(device, status, published.placements.get(status.endpoint), names)
+        for status in reported.placements
+        if status.role in (0, desired_pb2.ROLE_PRIMARY)
+    ]
+    known = {placement.endpoint for placement in found}
+    missing = [p for name, p in sorted(published.placements.items()) if name not in known]
+    nothing = agents_pb2.PlacementStatus
+    found += [_placement(device, nothing(endpoint=p.endpoint), p, names) for p in missing]
+    return tuple(found)
+
+
+def _placement(
+    device: Device,
+    status: agents_pb2.PlacementStatus,
+    published: desired_pb2.Placement | None,
+    names: _Names,
+) -> PlacementFacts:
     serving_name, serves = names.of(status.serving)
+    wanted = published.bundle if published is not None else status.wanted
     return PlacementFacts(
         endpoint=status.endpoint,
-        wanted=status.wanted,
+        wanted=wanted,
         serving=status.serving,
         step=status.step,
         reason=status.reason,
         detail=status.detail,
-        wanted_name=names.of(status.wanted)[0],
+        fallback=published is not None and published.settings.fallback,
+        pinned=status.endpoint in device.pins,
+        current=status.wanted == wanted,
+        wanted_name=names.of(wanted)[0],
         serving_name=serving_name,
         serves=serves,
     )
@@ -239,30 +309,45 @@ class Fleet:
 # ---------------------------------------------------------------------------- changes
 
 
-def patch(
-    session: Session,
-    device: Device,
-    *,
-    actor: str,
-    labels: Mapping[str, str] | None = None,
-    name: str | None = None,
-) -> Device:
-    """Changes name or labels (an empty text removes a label).
+@dataclass(frozen=True)
+class Change:
+    """What somebody wants of a device; None = leave it. An empty label's text removes the label."""
+
+    labels: Mapping[str, str] | None = None
+    name: str | None = None
+    quarantined: bool | None = None
+    pins: Mapping[str, str] | None = None  # all of them: endpoint -> variant id or name
+    reason: str = ""
+
+
+def patch(session: Session, blobs: BlobStore, device: Device, change: Change, *, actor: str) -> Device:
+    """Changes a device; each act is an event of its own.
 
     Raises:
-        InvalidInput: a label or name that cannot be typed.
-        Conflict: another device has the name.
+        InvalidInput: a label or name that cannot be typed, a pin that names something wrong.
+        Conflict: another device has the name, or the device cannot run what it should be pinned to.
     """
+    if change.labels is not None or change.name is not None:
+        _describe(session, device, change, actor)
+    if change.quarantined is not None:
+        act = holding.quarantine if change.quarantined else holding.release
+        act(session, device, actor=actor, reason=change.reason)
+    if change.pins is not None:
+        holding.pin(session, blobs, device, change.pins, actor=actor, reason=change.reason)
+    return device
+
+
+def _describe(session: Session, device: Device, change: Change, actor: str) -> None:
     before = {"name": device.name, "labels": dict(device.labels)}
-    if labels is not None:
-        device.labels = _merged_labels(device.labels, labels)
-    if name is not None and name != device.name:
-        if unique_name(session, name, but=device.id) != name:
+    if change.labels is not None:
+        device.labels = _merged_labels(device.labels, change.labels)
+    if change.name is not None and change.name != device.name:
+        if unique_name(session, change.name, but=device.id) != change.name:
             raise Conflict(
-                f"A device cannot be called '{name[:60]}'.",
+                f"A device cannot be called '{change.name[:60]}'.",
                 "Use lower-case letters, digits, dots and dashes, and a name that no other device has.",
             )
-        device.name = name
+        device.name = change.name
     after = {"name": device.name, "labels": dict(device.labels)}
     if after != before:
         record(
@@ -274,8 +359,8 @@ def patch(
             object=device.id,
             before=before,
             after=after,
+            reason=change.reason,
         )
-    return device
 
 
 def _merged_labels(old: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:

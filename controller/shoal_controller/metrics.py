@@ -17,7 +17,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from shoal_agent.telemetry import histograms
@@ -96,8 +96,8 @@ def recent_figures(
             Device.profile_class,
             Window.requests,
             Window.errors,
-            Window.labelled,
-            Window.correct,
+            case((Device.quarantined, 0), else_=Window.labelled).label("labelled"),
+            case((Device.quarantined, 0), else_=Window.correct).label("correct"),
             Window.latency,
             Window.start_ms,
         )

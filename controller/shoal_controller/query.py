@@ -98,6 +98,7 @@ FIELDS: Mapping[str, Field] = {
     "errors": Field("number", False, "latest share of failed requests"),
     "temperature": Field("number", False, "degrees Celsius"),
     "seen": Field("number", False, "ms since the device was last heard"),
+    "is": Field("text", False, "quarantined, pinned, fallback, emulated"),
 }
 
 

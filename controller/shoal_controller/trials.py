@@ -23,6 +23,7 @@ from shoal_controller.services import Services
 from shoal_controller.store.repositories import record
 from shoal_controller.store.tables import Device, Optimization, Rollout, RolloutDevice, Trial, Variant
 from shoal_protos.v1 import telemetry_pb2
+from shoal_protos.v1.profile_pb2 import Profile
 
 log = logging.getLogger("shoal.trials")
 
@@ -39,12 +40,24 @@ class Idle:
     device: str
     profile_class: str
     outstanding: int
+    emulated: bool = False
 
 
-def pick(devices: Sequence[Idle], profile_class: str) -> str | None:
-    """The device of a class with the least to do; None = all are busy or away. Pure."""
+def pick(
+    devices: Sequence[Idle], profile_class: str, kind: str = "timing", *, real: bool = False
+) -> str | None:
+    """The device of a class with the least to do; None = all are busy or away. Pure.
+
+    A real device goes before an emulated one, whose times are no figures.
+
+    Args:
+        kind: "timing" or "outputs".
+        real: the fleet has a real device of the class, also if it is away now: a timing waits for it.
+    """
     fitting = [d for d in devices if d.profile_class == profile_class and d.outstanding < MAX_A_DEVICE]
-    return min(fitting, key=lambda d: (d.outstanding, d.device)).device if fitting else None
+    if kind == "timing" and real:
+        fitting = [d for d in fitting if not d.emulated]
+    return min(fitting, key=lambda d: (d.emulated, d.outstanding, d.device)).device if fitting else None
 
 
 def place(session: Session, connected: Collection[str], clock: Clock) -> list[str]:
@@ -67,15 +80,15 @@ def place(session: Session, connected: Collection[str], clock: Clock) -> list[st
         )
     )
     outstanding = Counter(session.scalars(select(Trial.device).where(Trial.state == "published")))
-    classes = {
-        row.id: row.profile_class
-        for row in session.scalars(select(Device).where(Device.revoked.is_(False)))
-        if row.id in connected and row.id not in busy
-    }
+    usable = select(Device).where(Device.revoked.is_(False), Device.quarantined.is_(False))
+    rows = list(session.scalars(usable))
+    emulated = {row.id: Profile.FromString(row.profile).emulated for row in rows}
+    real = {row.profile_class for row in rows if not emulated[row.id]}
+    classes = {row.id: row.profile_class for row in rows if row.id in connected and row.id not in busy}
     placed = []
     for trial in pending:
-        idle = [Idle(key, name, outstanding[key]) for key, name in classes.items()]
-        device = pick(idle, trial.profile_class)
+        idle = [Idle(key, name, outstanding[key], emulated[key]) for key, name in classes.items()]
+        device = pick(idle, trial.profile_class, trial.kind, real=trial.profile_class in real)
         if device is None:
             continue
         trial.device, trial.state = device, "published"
@@ -146,10 +159,10 @@ def note_result(session: Session, clock: Clock, device: Device, result: telemetr
 
 
 def figures_of(result: telemetry_pb2.TrialResult) -> dict[str, dict[str, Any]]:
-    """Kind -> figures of a timing trial's candidate. Pure."""
-    if not result.HasField("timing"):
-        return {}
+    """Kind -> figures of a timing trial's candidate; none of an emulated device's. Pure."""
     series = result.timing.candidate
+    if not result.HasField("timing") or not series.runs:
+        return {}
     figures: dict[str, dict[str, Any]] = {
         "latency": {
             "p50_ms": series.p50_ms,

@@ -172,7 +172,7 @@ class TestChanges:
         api.answer("GET", "/devices/kitchen", detail())
         api.answer("PATCH", "/devices/d-kitchen", device())
         assert shoal("device", "label", "kitchen", "room=2", "site-").code == 0
-        assert json.loads(api.calls[-1].body) == {"labels": {"room": "2"}}
+        assert json.loads(api.calls[-1].body) == {"labels": {"room": "2", "site": ""}}
         assert shoal("device", "label", "kitchen", "nonsense").code == 2
 
     def test_endpoint_update_sends_only_what_was_given(self, api: Api, shoal: Shoal) -> None:

@@ -11,26 +11,24 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shoal_agent.telemetry import histograms
-from shoal_controller import devices, metrics, query, windows
+from shoal_controller import device_detail, devices, metrics, query, windows
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.api.events import event_view
-from shoal_controller.classes import class_reason
-from shoal_controller.device_status import STATUS_LETTERS, STATUSES, step_name
+from shoal_controller.device_status import STATUS_LETTERS, STATUSES, likely_causes, next_step, step_name
 from shoal_controller.devices import DeviceView
 from shoal_controller.events import list_events
 from shoal_controller.services import Services
 from shoal_controller.store.repositories import find, new_id, record
 from shoal_controller.store.tables import Desired, Device, DeviceRequest, Window
 from shoal_protos.errors import Conflict, InvalidInput, NotFound
-from shoal_protos.v1 import agents_pb2, desired_pb2, profile_pb2, telemetry_pb2
+from shoal_protos.v1 import agents_pb2, telemetry_pb2
 
 router = APIRouter(tags=["devices"])
 
 MAX_NAMES = 2000  # above so many devices the map carries no names
 MAX_POINTS = 120
 REQUEST_SECONDS = 24 * 3600
-DETAIL_WINDOWS = 120
 
 _SORTS: Mapping[str, Callable[[DeviceView], Any]] = {
     "name": lambda v: v.name,
@@ -70,8 +68,11 @@ def list_devices(
 
 
 def _matching(services: Services, filter: str) -> list[DeviceView]:
+    """Removed devices are listed only where the filter asks for a status."""
     wanted = query.parse(filter)
-    return [view for view in services.fleet.views() if wanted.matches(view.facts)]
+    removed = "status" in wanted.fields
+    views = services.fleet.views()
+    return [v for v in views if (removed or v.status != "revoked") and wanted.matches(v.facts)]
 
 
 def _sorted(views: list[DeviceView], sort: str) -> list[DeviceView]:
@@ -101,6 +102,10 @@ def _device_fields(view: DeviceView) -> dict[str, Any]:
         "version": view.version,
         "p95_ms": view.p95_ms,
         "temperature_celsius": view.temperature_celsius,
+        "emulated": view.profile.emulated,
+        "quarantined": view.quarantined,
+        "pins": dict(view.pins),
+        "class_reason": device_detail.class_reason(view.profile, view.profile_class),
         "last_seen_ms": view.last_seen_ms,
         "joined_ms": view.joined_ms,
         "agent_version": view.agent_version,
@@ -114,6 +119,8 @@ def _device_fields(view: DeviceView) -> dict[str, Any]:
                 reason=p.reason,
                 detail=p.detail,
                 fallback=p.fallback,
+                pinned=p.pinned,
+                current=p.current,
             )
             for p in view.placements
         ],
@@ -204,21 +211,26 @@ def get_device(key: str, services: ServicesDep) -> schemas.DeviceDetail:
     with services.store.read() as session:
         row = find(session, Device, key)
         view = _view_of(services, session, row.id)
-        profile = profile_pb2.Profile.FromString(row.profile)
-        reported = agents_pb2.Reported.FromString(row.reported or b"")
         desired = session.get(Desired, row.id)
-        fields = _device_fields(view)
-        fields["placements"] = _with_fallback(fields["placements"], desired)
+        reported = agents_pb2.Reported.FromString(row.reported or b"")
+        logs = device_detail.failure_logs(session, row.id, reported)
+        heartbeat_ms = services.settings.heartbeat_seconds * 1000
+        never = not view.judged.last_seen_ms and not view.judged.revoked
         return schemas.DeviceDetail(
-            **fields,
-            profile=windows.message_json(profile),
-            class_reason=class_reason(profile, row.profile_class),
+            **_device_fields(view),
+            profile=windows.message_json(view.profile),
             system=row.system,
             generation=desired.generation if desired is not None else 0,
             reported_generation=reported.generation,
-            windows=_windows(session, row.id),
+            desired_ms=view.desired_ms,
+            connected=view.judged.connected,
+            expected_ms=view.last_seen_ms + heartbeat_ms if view.judged.connected else 0,
+            windows=device_detail.recent_windows(session, row.id),
+            drift=device_detail.drift(session, services.blobs, view, services.clock()),
             events=[event_view(e) for e in list_events(session, kind="device", object=row.id, limit=50)],
-            logs=_logs(session, row.id, reported),
+            logs=logs,
+            next_step=next_step(view.name, view.judged, logs=bool(logs)),
+            causes=likely_causes(services.addresses.get("agents", "")) if never else [],
         )
 
 
@@ -235,66 +247,14 @@ def _view_of(services: Services, session: Session, device: str) -> DeviceView:
     return views[0]
 
 
-def _with_fallback(
-    placements: list[schemas.PlacementView], desired: Desired | None
-) -> list[schemas.PlacementView]:
-    """Marks the placements that serve another class's variant, as the signed state says."""
-    if desired is None:
-        return placements
-    payload = desired_pb2.Signed.FromString(desired.signed).payload
-    state = desired_pb2.DesiredState.FromString(payload)
-    fallback = {placement.endpoint for placement in state.placements if placement.settings.fallback}
-    return [p.model_copy(update={"fallback": p.endpoint in fallback}) for p in placements]
-
-
-def _windows(session: Session, device: str) -> list[dict[str, Any]]:
-    """The device's latest windows, oldest first, its endpoints together."""
-    rows = session.scalars(
-        select(Window)
-        .where(Window.device == device, Window.endpoint != "", Window.role == "primary")
-        .order_by(Window.end_ms.desc())
-        .limit(DETAIL_WINDOWS)
-    ).all()
-    by_time: dict[int, list[Window]] = defaultdict(list)
-    for row in rows:
-        by_time[row.end_ms].append(row)
-    found = []
-    for end_ms, members in sorted(by_time.items()):
-        latency = windows.merged_latency(members)
-        found.append(
-            {
-                "time_ms": end_ms,
-                "requests": sum(m.requests for m in members),
-                "errors": sum(m.errors for m in members),
-                "p50_ms": windows.quantile_ms(latency, 0.5),
-                "p95_ms": windows.quantile_ms(latency, 0.95),
-            }
-        )
-    return found
-
-
-def _logs(session: Session, device: str, reported: agents_pb2.Reported) -> str:
-    """What was asked for last, else what a failed step carried."""
-    row = session.scalar(
-        select(DeviceRequest)
-        .where(DeviceRequest.device == device, DeviceRequest.state == "answered")
-        .order_by(DeviceRequest.answered_ms.desc())
-        .limit(1)
-    )
-    if row is not None and row.body:
-        return row.body.decode(errors="replace")
-    return "\n".join(status.logs.decode(errors="replace") for status in reported.placements if status.logs)
-
-
 @router.patch("/devices/{key}")
 def patch_device(
     key: str, body: schemas.DevicePatch, services: ServicesDep, actor: ActorDep
 ) -> schemas.Device:
-    """Changes name or labels; an empty text removes a label."""
+    """Changes name, labels (an empty text removes one), quarantine or pins."""
+    change = devices.Change(**body.model_dump())
     with services.store.write() as session:
-        row = devices.patch(
-            session, find(session, Device, key), actor=actor, labels=body.labels, name=body.name
-        )
+        row = devices.patch(session, services.blobs, find(session, Device, key), change, actor=actor)
         session.flush()
         return device_view(_view_of(services, session, row.id))
 
@@ -314,11 +274,13 @@ def revoke_device(key: str, services: ServicesDep, actor: ActorDep, reason: str 
 def ask_device(
     key: str, body: schemas.DeviceRequestCreate, services: ServicesDep, actor: ActorDep
 ) -> schemas.DeviceRequest:
-    """Asks for logs or a diagnosis; the device answers when it is there, within a day."""
+    """Asks for logs, a diagnosis or a new profile; the device answers when it is there, within a day."""
     with services.store.write() as session:
         device = find(session, Device, key)
         if device.revoked:
-            raise Conflict(f"The device {device.name} was revoked; it answers nothing.")
+            raise Conflict(
+                f"The device {device.name} was removed; it answers nothing.", "Let the machine join again."
+            )
         now = services.clock()
         row = DeviceRequest(
             id=new_id(session, "q"),

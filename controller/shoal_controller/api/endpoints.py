@@ -12,7 +12,16 @@ from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.endpoints import EndpointSettings
 from shoal_controller.rollouts import observe, statistics
 from shoal_controller.services import Services
-from shoal_controller.store.tables import Assignment, Endpoint, Model, Release, Variant, Version, Window
+from shoal_controller.store.tables import (
+    Assignment,
+    Device,
+    Endpoint,
+    Model,
+    Release,
+    Variant,
+    Version,
+    Window,
+)
 
 router = APIRouter(tags=["endpoints"])
 
@@ -119,7 +128,10 @@ def _recent(session: Session, endpoint: str, now_ms: int) -> tuple[statistics.Pe
 
 def _labels(session: Session, endpoint: str, bundles: set[str], now_ms: int) -> schemas.Figure | None:
     rows = session.execute(
-        select(Window.correct, Window.labelled).where(
+        select(Window.correct, Window.labelled)
+        .join(Device, Device.id == Window.device)
+        .where(
+            Device.quarantined.is_(False),
             Window.endpoint == endpoint,
             Window.bundle.in_(bundles),
             Window.end_ms > now_ms - LABELS_MS,

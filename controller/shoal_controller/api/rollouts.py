@@ -131,6 +131,7 @@ def rollout_view(session: Session, row: Rollout, *, devices: bool = True) -> sch
         waves=[_wave(wave, states) for wave in row.waves],
         gates=row.gates,
         devices=_devices(session, row) if devices else [],
+        left_out=row.verdict.get("left_out") or {},
         actor=row.actor,
         reason=row.reason,
         finding=row.finding,

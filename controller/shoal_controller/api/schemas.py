@@ -88,13 +88,15 @@ class Status(Schema):
 
 class PlacementView(Schema):
     endpoint: str
-    wanted: str  # variant name or bundle prefix
+    wanted: str  # variant name or bundle prefix: what it should have now
     serving: str
     variant: str = ""
     step: str
     reason: str = ""
     detail: str = ""
     fallback: bool = False
+    pinned: bool = False
+    current: bool = True  # the device's report is about what it should have now
 
 
 class Device(Schema):
@@ -115,24 +117,42 @@ class Device(Schema):
     joined_ms: int
     agent_version: str = ""
     placements: list[PlacementView] = Field(default_factory=list)
+    class_reason: str = ""
+
+
+class Drift(Schema):
+    """How far a placement's inputs lie from its variant's reference; 1.0 = the furthest clean window."""
+
+    endpoint: str
+    score: float
+    psi: float | None = None
+    statistic: str = ""  # the one that moved most
+    n: int  # inputs judged
+    end_ms: int
 
 
 class DeviceDetail(Device):
     profile: dict[str, Any]
-    class_reason: str = ""
     system: dict[str, Any]
     generation: int
     reported_generation: int
-    windows: list[dict[str, Any]]  # time_ms, requests, errors, p50_ms, p95_ms per window
+    desired_ms: int = 0  # when what it should have was published last
+    connected: bool = False
+    expected_ms: int = 0  # when it should be heard next; 0 = not known
+    windows: list[dict[str, Any]]  # time_ms, requests, errors, p50_ms, p95_ms, temperature_celsius per window
+    drift: list[Drift] = Field(default_factory=list)
     events: list[Event]
-    logs: str = ""
+    logs: str = ""  # that its last failed step carried
+    next_step: str = ""  # what a person can do when something is wrong
+    causes: list[str] = Field(default_factory=list)  # likely ones, where it never reported
 
 
 class DevicePatch(Schema):
     labels: dict[str, str] | None = None
     name: str | None = None
     quarantined: bool | None = None  # serves on; gets no rollout and counts in no verdict
-    pins: dict[str, str] | None = None  # endpoint -> variant id that this device keeps, {} = none
+    pins: dict[str, str] | None = None  # endpoint -> variant id or name that this device keeps, {} = none
+    reason: str = ""  # why; kept with the event
 
 
 class DeviceRequestCreate(Schema):
@@ -442,6 +462,7 @@ class Rollout(Schema):
     waves: list[Wave]
     gates: dict[str, Any]
     devices: list[RolloutDevice] = Field(default_factory=list)
+    left_out: dict[str, list[str]] = Field(default_factory=dict)  # pinned, quarantined -> names, when planned
     actor: str
     reason: str
     finding: str = ""

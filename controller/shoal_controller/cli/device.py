@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from shoal_controller.api import schemas
-from shoal_controller.cli import changes, options, output
+from shoal_controller.cli import changes, device_answers, options, output
 from shoal_controller.cli.connect import connect
 from shoal_controller.cli.output import Column
 from shoal_protos.errors import InvalidInput
@@ -22,27 +22,72 @@ COLUMNS = (
     Column("version", lambda d: d.version),
     Column("p95_ms", lambda d: d.p95_ms, "ms"),
     Column("last_seen", lambda d: d.last_seen_ms, "time"),
+    Column("marks", lambda d: ", ".join(marks(d))),
     Column("reason", lambda d: d.status_reason),
     Column("labels", lambda d: ",".join(f"{key}={value}" for key, value in sorted(d.labels.items()))),
 )
 
 DETAILS = (
-    *COLUMNS,
+    *COLUMNS[:-3],
+    *COLUMNS[-2:],
+    Column("hardware", lambda d: hardware(d.profile)),
     Column("class_reason", lambda d: d.class_reason),
+    Column("emulated", lambda d: "yes: its times are unmeasured (emulated)" if d.emulated else "no"),
     Column("agent_version", lambda d: d.agent_version),
     Column("joined", lambda d: d.joined_ms, "time"),
-    Column("generation", lambda d: f"{d.reported_generation} of {d.generation}"),
     Column("temperature_celsius", lambda d: d.temperature_celsius),
+    Column("quarantined", lambda d: "yes: serves on, gets no rollout" if d.quarantined else "no"),
+    Column("pins", lambda d: ", ".join(f"{e}={v}" for e, v in sorted(d.pins.items()))),
+    Column("generation", lambda d: gap(d)),
     Column("placements", lambda d: "; ".join(placement(p) for p in d.placements)),
+    Column("causes", lambda d: " ".join(f"({n}) {text}" for n, text in enumerate(d.causes, 1))),
+    Column("next_step", lambda d: d.next_step),
 )
 
 Device = Annotated[str, typer.Argument(help="Id, name or a unique prefix.")]
 
 
+def marks(device: schemas.Device) -> list[str]:
+    """What is special about a device, a word each."""
+    found = {
+        "quarantined": device.quarantined,
+        "pinned": bool(device.pins),
+        "fallback": any(p.fallback for p in device.placements),
+        "emulated": device.emulated,
+    }
+    return [word for word, so in found.items() if so]
+
+
+def hardware(profile: dict[str, object]) -> str:
+    """`Raspberry Pi 5, 4 cores, 8.6 GB, linux 6.12 debian 13`."""
+    name = profile.get("hardware_part") or profile.get("cpu_model") or profile.get("architecture")
+    memory = int(str(profile.get("memory_bytes") or 0))
+    parts = [name, f"{profile['cores']} cores" if profile.get("cores") else ""]
+    parts += [output.size(memory) if memory else "", profile.get("os")]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def gap(device: schemas.DeviceDetail) -> str:
+    """How far the device is behind what it should have."""
+    if device.reported_generation >= device.generation:
+        return f"{device.generation}, adopted"
+    since = f", published {output.pretty('time', device.desired_ms)}" if device.desired_ms else ""
+    return f"{device.reported_generation} of {device.generation}{since}"
+
+
 def placement(view: schemas.PlacementView) -> str:
-    """`digits: int8-onnxruntime (commit)`, with the reason where it failed and `fallback` where it is one."""
-    notes = [view.step, *(["fallback"] if view.fallback else []), *([view.reason] if view.reason else [])]
-    return f"{view.endpoint}: {view.variant or view.serving[:19] or 'nothing yet'} ({', '.join(notes)})"
+    """`digits: int8-onnxruntime (commit)`; what it should have where that differs, and why."""
+    serving = view.variant or view.serving[:19] or "nothing yet"
+    differs = bool(view.wanted) and view.wanted != serving and not view.serving.startswith(view.wanted)
+    notes = [
+        f"should have {view.wanted}" if differs else "",
+        (view.step or "not reported yet") if view.current else "newer wish not reported yet",
+        "fallback" if view.fallback else "",
+        "pinned" if view.pinned else "",
+        view.reason,
+        view.detail,
+    ]
+    return f"{view.endpoint}: {serving} ({', '.join(note for note in notes if note)})"
 
 
 @app.command("list")
@@ -54,7 +99,7 @@ def list_devices(
     columns: options.Columns = "",
     as_json: options.Json = False,
 ) -> None:
-    """Lists devices. Example: shoal device list -l 'status:degraded'"""
+    """Lists devices. Example: shoal device list -l 'status:degraded' or 'is:fallback'"""
     with connect(ctx) as client:
         found = client.all_devices(filter, sort)
     page = schemas.Page[schemas.Device](items=found, total=len(found))
@@ -73,12 +118,29 @@ def list_devices(
 def get_device(
     ctx: typer.Context, device: Device, form: options.Format = "", as_json: options.Json = False
 ) -> None:
-    """Shows one device. Example: shoal device get kitchen --json"""
+    """Shows one device, and what to do if it is not well. Example: shoal device get kitchen --json"""
     with connect(ctx) as client:
         found = client.device(device)
-    output.show_one(found, DETAILS, form=form, as_json=as_json)
-    if output.resolve_form(form, as_json) == "table" and found.logs:
-        output.say(f"\nLast logs:\n{found.logs[-2000:]}", "dim")
+    form = output.resolve_form(form, as_json)
+    if form != "table":
+        output.show_one(found, DETAILS, form=form, as_json=as_json)
+        return
+    from shoal_controller.cli import device_page
+
+    device_page.show(found)
+
+
+app.command("logs")(device_answers.logs)
+app.command("diagnose")(device_answers.diagnose)
+app.command("profile")(device_answers.profile)
+
+
+# ---------------------------------------------------------------------------- changes
+
+
+def changed(reason: str, **values: Any) -> schemas.DevicePatch:
+    """A patch of just these fields."""
+    return schemas.DevicePatch(**(values | ({"reason": reason} if reason else {})))
 
 
 def parse_labels(pairs: list[str], present: dict[str, str]) -> dict[str, str]:
@@ -104,8 +166,9 @@ def label_device(
     ctx: typer.Context,
     device: Device,
     labels: Annotated[list[str], typer.Argument(help="key=value sets, key- removes.")],
-    name: Annotated[str, typer.Option("--name", help="A new name for the device.")] = "",
+    name: Annotated[str, typer.Option("--name", help="A new name; like `rename`.", hidden=True)] = "",
     dry_run: options.DryRun = False,
+    reason: options.Reason = "",
     as_json: options.Json = False,
 ) -> None:
     """Changes labels. Example: shoal device label kitchen site=lab room-"""
@@ -116,14 +179,61 @@ def label_device(
         output.say(f"Labels of {present.name}: {shown}")
         if dry_run:
             return
-        patch = schemas.DevicePatch(labels=wanted, **({"name": name} if name else {}))
-        changed = client.change_device(present.id, patch)
+        removed = {key: "" for key in present.labels if key not in wanted}
+        patch = changed(reason, labels=wanted | removed)
+        if name:
+            patch.name = name
+        answer = client.change_device(present.id, patch)
     if as_json:
-        output.print_json(changed)
+        output.print_json(answer)
 
 
-@app.command("revoke")
-def revoke_device(
+@app.command("rename")
+def rename_device(
+    ctx: typer.Context,
+    device: Device,
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits, '.', '_' and '-'.")],
+    dry_run: options.DryRun = False,
+    reason: options.Reason = "",
+    as_json: options.Json = False,
+) -> None:
+    """Gives a device another name; its id stays. Example: shoal device rename d-7kq2 kitchen"""
+    with connect(ctx) as client:
+        present = client.device(device)
+        output.say(f"{present.name} ({present.id}) is called {name} from now on.")
+        if dry_run:
+            return
+        answer = client.change_device(present.id, changed(reason, name=name))
+    if as_json:
+        output.print_json(answer)
+
+
+def _act(
+    ctx: typer.Context,
+    device: str,
+    sentence: str,
+    done: str,
+    patch: schemas.DevicePatch,
+    *,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Says what happens to one device, asks, does it. `{name}` stands for the device."""
+    with connect(ctx) as client:
+        present = client.device(device)
+        changes.confirm(
+            f"{changes.devices(1)}: {sentence.format(name=present.name)}", yes=yes, dry_run=dry_run
+        )
+        answer = client.change_device(present.id, patch)
+    if as_json:
+        output.print_json(answer)
+    else:
+        output.say(done.format(name=present.name))
+
+
+@app.command("quarantine")
+def quarantine_device(
     ctx: typer.Context,
     device: Device,
     yes: options.Yes = False,
@@ -131,17 +241,120 @@ def revoke_device(
     reason: options.Reason = "",
     as_json: options.Json = False,
 ) -> None:
-    """Refuses a device's certificate from now on; it must join again. Example: shoal device revoke kitchen"""
+    """Leaves a device out of rollouts and verdicts. Example: shoal device quarantine kitchen --yes"""
+    _act(
+        ctx,
+        device,
+        "{name} serves on with what it has. It gets no rollout and counts in no verdict, drift or accuracy "
+        "until it is released.",
+        "{name} is quarantined. `shoal device release {name}` ends that.",
+        changed(reason, quarantined=True),
+        yes=yes,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command("release")
+def release_device(
+    ctx: typer.Context,
+    device: Device,
+    yes: options.Yes = False,
+    dry_run: options.DryRun = False,
+    reason: options.Reason = "",
+    as_json: options.Json = False,
+) -> None:
+    """Ends a quarantine. Example: shoal device release kitchen --yes"""
+    _act(
+        ctx,
+        device,
+        "{name} follows its endpoints again and switches at once to what they serve now.",
+        "{name} is released.",
+        changed(reason, quarantined=False),
+        yes=yes,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+Endpoint = Annotated[str, typer.Argument(help="Name of the endpoint.")]
+
+
+@app.command("pin")
+def pin_device(
+    ctx: typer.Context,
+    device: Device,
+    endpoint: Endpoint,
+    variant: Annotated[str, typer.Argument(help="Id or name of a variant of the endpoint's model.")],
+    yes: options.Yes = False,
+    dry_run: options.DryRun = False,
+    reason: options.Reason = "",
+    as_json: options.Json = False,
+) -> None:
+    """Keeps one variant on a device. Example: shoal device pin kitchen digits k-0004"""
+    with connect(ctx) as client:
+        pins = client.device(device).pins
+    _act(
+        ctx,
+        device,
+        f"{{name}} gets {variant} at '{endpoint}' after its own probe and keeps it; rollouts leave it out.",
+        f"{{name}} keeps {variant} at '{endpoint}' until `shoal device unpin {{name}} {endpoint}`.",
+        changed(reason, pins={**pins, endpoint: variant}),
+        yes=yes,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command("unpin")
+def unpin_device(
+    ctx: typer.Context,
+    device: Device,
+    endpoint: Endpoint,
+    yes: options.Yes = False,
+    dry_run: options.DryRun = False,
+    reason: options.Reason = "",
+    as_json: options.Json = False,
+) -> None:
+    """Lets rollouts decide again. Example: shoal device unpin kitchen digits --yes"""
+    with connect(ctx) as client:
+        pins = client.device(device).pins
+    if endpoint not in pins:
+        pinned = ", ".join(f"'{name}'" for name in sorted(pins)) or "nothing"
+        raise InvalidInput(f"{device} is not pinned at '{endpoint}'.", f"It is pinned at {pinned}.")
+    _act(
+        ctx,
+        device,
+        f"{{name}} switches at once to what '{endpoint}' serves now, and rollouts decide again.",
+        f"{{name}} is not pinned at '{endpoint}' any more.",
+        changed(reason, pins={k: v for k, v in pins.items() if k != endpoint}),
+        yes=yes,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command("revoke", hidden=True)
+@app.command("remove")
+def remove_device(
+    ctx: typer.Context,
+    device: Device,
+    yes: options.Yes = False,
+    dry_run: options.DryRun = False,
+    reason: options.Reason = "",
+    as_json: options.Json = False,
+) -> None:
+    """Takes a device out of the fleet for good. Example: shoal device remove kitchen --reason sold"""
     with connect(ctx) as client:
         present = client.device(device)
         changes.confirm(
-            f"{present.name} ({present.id}) will be disconnected and refused. It keeps serving what it has, "
-            "gets no updates and must join again with a new token.",
+            f"{changes.devices(1)}: {present.name} ({present.id}) will be disconnected and refused. It keeps "
+            "serving what it has, gets no updates and must join again with a new token.",
             yes=yes,
             dry_run=dry_run,
         )
-        revoked = client.revoke_device(present.id, reason)
+        removed = client.revoke_device(present.id, reason)
     if as_json:
-        output.print_json(revoked)
+        output.print_json(removed)
     else:
-        output.say(f"{present.name} is revoked.")
+        output.say(f"{present.name} is removed. Its history stays: shoal event list --object {present.id}")

@@ -21,6 +21,7 @@ from shoal_controller.rollouts.observe import Presence
 from shoal_controller.store.repositories import new_id, record
 from shoal_controller.store.tables import (
     Assignment,
+    Device,
     Endpoint,
     Finding,
     Optimization,
@@ -235,8 +236,13 @@ def field_inputs(session: Session, facts: EndpointFacts, since_ms: int) -> telem
     bundles = {facts.wanted.bundle(device) for device in facts.devices} - {""}
     merged: telemetry_pb2.SketchSet | None = None
     rows = session.scalars(
-        select(Window.inputs).where(
-            Window.endpoint == facts.endpoint.name, Window.bundle.in_(bundles), Window.end_ms >= since_ms
+        select(Window.inputs)
+        .join(Device, Device.id == Window.device)
+        .where(
+            Window.endpoint == facts.endpoint.name,
+            Window.bundle.in_(bundles),
+            Window.end_ms >= since_ms,
+            Device.quarantined.is_(False),
         )
     )
     for data in rows:

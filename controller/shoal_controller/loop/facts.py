@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal_controller import endpoints, registry
+from shoal_controller import endpoints, holding, registry
 from shoal_controller.blobs import BlobStore
 from shoal_controller.endpoints import EndpointSettings
 from shoal_controller.loop.monitor import ClassCoverage, DeviceHealth, MonitorSettings, Served, Span
@@ -103,7 +103,7 @@ def load_endpoint(session: Session, blobs: BlobStore, endpoint: Endpoint) -> End
         assignment,
         release,
         version,
-        endpoints.members(session, endpoint),
+        holding.counted(endpoints.members(session, endpoint), endpoint.name),
         endpoints.Wanted(session, blobs, assignment),
     )
 
@@ -288,6 +288,12 @@ def past(session: Session, endpoint: Endpoint) -> tuple[Past, ...]:
 def samples_since(session: Session, endpoint: Endpoint, since_ms: int) -> list[Sample]:
     """Recorded inputs of an endpoint, those with labels first, then the newest."""
     rows = session.scalars(
-        select(Sample).where(Sample.endpoint == endpoint.name, Sample.received_ms >= since_ms)
+        select(Sample)
+        .join(Device, Device.id == Sample.device)
+        .where(
+            Sample.endpoint == endpoint.name,
+            Sample.received_ms >= since_ms,
+            Device.quarantined.is_(False),
+        )
     )
     return sorted(rows, key=lambda s: (s.labelled == 0, -s.received_ms))

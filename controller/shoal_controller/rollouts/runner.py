@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shoal_controller import endpoints
+from shoal_controller import endpoints, holding
 from shoal_controller.rollouts import machine, observe, records, service
 from shoal_controller.rollouts.gates import Gates
 from shoal_controller.rollouts.machine import MOVED, Observations, RolloutState, Step
@@ -178,6 +179,8 @@ class _Look:
         )
         self.members = {d.id: d for d in endpoints.members(session, endpoint)}
         self.devices = {**self.members, **self._former(session)}
+        reasons = ((key, holding.why_held(device, endpoint.name)) for key, device in self.devices.items())
+        self.held = {key: why for key, why in reasons if why}
         self.observations = self._observe()
 
     def _former(self, session: Session) -> dict[str, Device]:
@@ -208,8 +211,16 @@ class _Look:
                 presence=self.services.connections,
             )
             for key, record_ in self.state.devices.items()
-            if key in self.devices
+            if key in self.devices and key not in self.held
         }
+
+    def _without_held(self) -> RolloutState:
+        """Devices that were quarantined or pinned meanwhile are out: neither moved nor judged."""
+        devices = dict(self.state.devices)
+        for key, why in self.held.items():
+            if key in devices and devices[key].state in ("waiting", *machine.BUSY):
+                devices[key] = replace(devices[key], state="left_out", reason=why)
+        return replace(self.state, devices=devices)
 
     def advance(self) -> Step:
         labels = {k: {n: str(v) for n, v in d.labels.items()} for k, d in self.devices.items()}
@@ -217,11 +228,12 @@ class _Look:
             key
             for key, device in self.members.items()
             if key not in self.state.devices
+            and key not in self.held
             and self.new.bundle(device)
             and self.new.bundle(device) != self.old.bundle(device)
         ]
         step = machine.advance(
-            self.state, self.observations, self.gates, self.now, newcomers=newcomers, labels=labels
+            self._without_held(), self.observations, self.gates, self.now, newcomers=newcomers, labels=labels
         )
         if newcomers and step.state.devices != self.state.devices:
             # They are observed from the next look on.

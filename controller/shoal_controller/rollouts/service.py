@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from shoal_controller import endpoints, releases
+from shoal_controller import endpoints, holding, releases
 from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock
 from shoal_controller.rollouts import machine, observe, plan, records
@@ -78,7 +78,9 @@ def create(
             f"'{endpoint.name}' serves just this already.", "Name another release, or choose another variant."
         )
     old, new = (endpoints.Wanted(session, blobs, a) for a in (current, target))
-    devices = endpoints.members(session, endpoint)
+    everybody = endpoints.members(session, endpoint)
+    devices = holding.counted(everybody, endpoint.name)
+    held = holding.left_out(everybody, endpoint.name)
     _refuse_losses(endpoint, devices, old, new)
     changed = [d for d in devices if new.bundle(d) and new.bundle(d) != old.bundle(d)]
     candidates = [
@@ -109,7 +111,7 @@ def create(
             for w in waves
         ],
         gates=gates.to_json(),
-        verdict={"sentence": _planned(waves, len(changed))},
+        verdict={"sentence": _planned(waves, len(changed), held), "left_out": held},
         attempt=_attempt(session, endpoint),
         actor=request.actor,
         reason=request.reason,
@@ -133,6 +135,7 @@ def create(
             "to": row.to_assignment,
             "waves": [len(w.devices) for w in waves],
             "finding": request.finding,
+            **({"left_out": held} if held else {}),
         },
         reason=request.reason,
     )
@@ -172,12 +175,11 @@ def _attempt(session: Session, endpoint: Endpoint) -> int:
     return 1 + int(failed or 0)
 
 
-def _planned(waves: Sequence[plan.PlannedWave], devices: int) -> str:
-    if not devices:
-        return "No device needs a change."
+def _planned(waves: Sequence[plan.PlannedWave], devices: int, held: Mapping[str, list[str]]) -> str:
     sizes = ", ".join(str(len(w.devices)) for w in waves)
     count = "1 device" if devices == 1 else f"{devices} devices"
-    return f"{count} in 1 wave." if len(waves) == 1 else f"{count} in {len(waves)} waves ({sizes})."
+    text = f"{count} in 1 wave." if len(waves) == 1 else f"{count} in {len(waves)} waves ({sizes})."
+    return f"{text if devices else 'No device needs a change.'} {holding.sentence(held)}".strip()
 
 
 def default_gates(

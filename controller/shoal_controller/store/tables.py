@@ -71,6 +71,7 @@ class Device(Base):
     revoked: Mapped[bool] = mapped_column(default=False)
     quarantined: Mapped[bool] = mapped_column(default=False)  # gets no rollout, counts in no verdict
     pins: Mapped[dict[str, Any]] = mapped_column(default=dict)  # endpoint name -> variant id it keeps
+    held: Mapped[dict[str, Any]] = mapped_column(default=dict)  # the same while quarantined: what it had then
     joined_ms: Mapped[int]
     last_seen_ms: Mapped[int] = mapped_column(default=0)
     connected: Mapped[bool] = mapped_column(default=False)
@@ -104,7 +105,7 @@ class DeviceRequest(Base):
     __tablename__ = "device_requests"
     id: Mapped[str] = mapped_column(primary_key=True)  # q-0001
     device: Mapped[str] = mapped_column(ForeignKey("devices.id"), index=True)
-    kind: Mapped[str]  # "logs", "diagnose"
+    kind: Mapped[str]  # "logs", "diagnose", "profile"
     state: Mapped[str] = mapped_column(index=True)  # open, answered, expired
     body: Mapped[bytes | None]
     created_ms: Mapped[int]
@@ -296,7 +297,7 @@ class RolloutDevice(Base):
     rollout: Mapped[str] = mapped_column(ForeignKey("rollouts.id"), primary_key=True)
     device: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
     wave: Mapped[int]
-    # waiting, updating, settling, switched, failed, silent, no_traffic, rolled_back
+    # waiting, updating, settling, switched, failed, silent, no_traffic, rolled_back, left_out
     state: Mapped[str]
     reason: Mapped[str] = mapped_column(default="")
     detail: Mapped[str] = mapped_column(default="")

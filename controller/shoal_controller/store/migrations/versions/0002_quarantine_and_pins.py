@@ -15,9 +15,11 @@ def upgrade() -> None:
     with op.batch_alter_table("devices") as table:
         table.add_column(sa.Column("quarantined", sa.Boolean(), nullable=False, server_default=sa.false()))
         table.add_column(sa.Column("pins", sa.JSON(), nullable=False, server_default="{}"))
+        table.add_column(sa.Column("held", sa.JSON(), nullable=False, server_default="{}"))
 
 
 def downgrade() -> None:
     with op.batch_alter_table("devices") as table:
+        table.drop_column("held")
         table.drop_column("pins")
         table.drop_column("quarantined")
