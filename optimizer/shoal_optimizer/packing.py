@@ -16,10 +16,12 @@ import numpy as np
 
 from shoal_optimizer.targets.base import Exported, load_exported, run_instance
 from shoal_protos.bundle import (
+    BoxRule,
     BundleConfig,
     GoldenCases,
     Lineage,
     Reference,
+    Signature,
     open_bundle,
     write_bundle,
 )
@@ -162,15 +164,14 @@ def pack(
 def golden_cases(exported: Exported, task: Task, instance: Any) -> tuple[bytes, GoldenCases]:
     """Real inputs with this variant's own outputs, and how far another device may differ.
 
-    For logits the inputs are those with the clearest answers: another CPU may round int8 differently,
-    and an answer near a tie would then flip without anything being wrong.
+    For logits and boxes the inputs are those with the clearest answers: another CPU may round int8
+    differently, and an answer near a tie would then flip without anything being wrong.
     """
     data = task.required("evaluation").sample(256, task.seed)
     outputs = run_instance(instance, exported.signature, data.inputs)
     chosen = np.arange(min(GOLDEN_CASES, len(outputs)))
-    if exported.signature.output_kind == "logits" and outputs.shape[-1] > 1:
-        ordered = np.sort(outputs, axis=-1)
-        margin = (ordered[..., -1] - ordered[..., -2]).reshape(len(outputs), -1).min(axis=1)
+    margin = _margins(exported.signature, outputs)
+    if margin is not None:
         chosen = np.sort(np.argsort(-margin, kind="stable")[: max(len(outputs) // 2, GOLDEN_CASES)])
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(GOLDEN_CASES, len(chosen))).astype(int)]
     spec, answer = exported.signature.inputs[0], exported.signature.outputs[0]
@@ -183,6 +184,21 @@ def golden_cases(exported: Exported, task: Task, instance: Any) -> tuple[bytes, 
     scale = float(np.max(np.abs(outputs[chosen]))) or 1.0
     rtol, share = (0.05, 0.05) if exported.precision == "int8" else (1e-2, 1e-3)
     return stream.getvalue(), GoldenCases(GOLDEN_FILE, rtol=rtol, atol=float(f"{share * scale:.3g}"))
+
+
+def _margins(signature: Signature, outputs: np.ndarray) -> np.ndarray | None:
+    """How clear each answer [n, ...] is; None where the kind of output has no such measure."""
+    if signature.output_kind == "logits" and outputs.shape[-1] > 1:
+        ordered = np.sort(outputs, axis=-1)
+        least: np.ndarray = (ordered[..., -1] - ordered[..., -2]).reshape(len(outputs), -1).min(axis=1)
+        return least
+    if signature.output_kind == "boxes":
+        # The candidate nearest to the threshold decides; pictures without any box prove little.
+        threshold = (signature.boxes or BoxRule()).score_threshold
+        scores = outputs[..., 4:].max(axis=-1)
+        clear: np.ndarray = np.abs(scores - threshold).min(axis=1) - (scores.max(axis=1) < threshold)
+        return clear
+    return None
 
 
 def drift_reference(
@@ -205,13 +221,14 @@ def drift_reference(
     spec, signature = exported.signature.inputs[0], exported.signature
     if reference is None:
         reference = sketch(signature.input_kind, inputs, spec.low, spec.high)
-    reference_outputs = sketch(signature.output_kind, outputs)
+    threshold = (signature.boxes or BoxRule()).score_threshold
+    reference_outputs = sketch(signature.output_kind, outputs, threshold=threshold)
     thresholds: dict[str, dict[str, float]] = {}
     for prefix, base, clean, low, high in (
         ("", reference, clean_inputs, spec.low, spec.high),
         ("output_", reference_outputs, clean_outputs, None, None),
     ):
-        for size, worst in window_thresholds(base, clean, low, high, seed=seed).items():
+        for size, worst in window_thresholds(base, clean, low, high, seed=seed, threshold=threshold).items():
             thresholds.setdefault(str(size), {}).update({prefix + k: v for k, v in worst.items()})
     return reference, reference_outputs, thresholds
 
@@ -225,17 +242,21 @@ def window_thresholds(
     sizes: Iterable[int] = WINDOW_SIZES,
     windows: int = WINDOWS,
     seed: int = 0,
+    threshold: float = 0.0,
 ) -> dict[int, dict[str, float]]:
     """window size -> {"psi", "ks"}: the largest distance that clean windows reach, with a margin.
 
     `clean` [n, ...] is held out from the reference: windows of the reference itself look too much like
-    it, and the alarm would be false on the first clean day. Sizes above n are left out.
+    it, and the alarm would be false on the first clean day. Sizes above n are left out. `threshold` is that
+    of the box rule.
     """
     key = hashlib.sha256(reference.SerializeToString(deterministic=True))
     key.update(np.ascontiguousarray(clean).tobytes())
-    key.update(repr((low, high, tuple(sizes), windows, seed)).encode())
+    key.update(repr((low, high, tuple(sizes), windows, seed, threshold)).encode())
     if key.digest() not in _thresholds:
-        _thresholds[key.digest()] = _measure_windows(reference, clean, low, high, sizes, windows, seed)
+        _thresholds[key.digest()] = _measure_windows(
+            reference, clean, low, high, sizes, windows, seed, threshold
+        )
         while len(_thresholds) > 64:
             _thresholds.popitem(last=False)
     return _thresholds[key.digest()]
@@ -253,11 +274,12 @@ def _measure_windows(
     sizes: Iterable[int],
     windows: int,
     seed: int,
+    threshold: float,
 ) -> dict[int, dict[str, float]]:
     from shoal_agent.telemetry.distances import ks_of_counts, psi_of_counts
 
     random = np.random.default_rng(seed)
-    bins = _item_bins(reference, clean, low, high)
+    bins = _item_bins(reference, clean, low, high, threshold)
     found: dict[int, dict[str, float]] = {}
     for size in (size for size in sizes if size <= len(clean)):
         picks = np.stack([random.choice(len(clean), size, replace=False) for _ in range(windows)])
@@ -274,7 +296,7 @@ def _measure_windows(
 
 
 def _item_bins(
-    reference: SketchSet, items: np.ndarray, low: float | None, high: float | None
+    reference: SketchSet, items: np.ndarray, low: float | None, high: float | None, threshold: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(reference counts [bins], bin of each item [n]) per statistic, by the sketches' own rule.
 
@@ -283,7 +305,7 @@ def _item_bins(
     from shoal_agent.telemetry.sketches import CLASS_SHARE, statistics
 
     bounds = (float("nan") if bound is None else float(bound) for bound in (low, high))
-    values = statistics(reference.kind, items, *bounds)
+    values = statistics(reference.kind, items, *bounds, threshold=threshold)
     found = []
     for part in reference.sketches:
         column = np.asarray(values["class" if part.name == CLASS_SHARE else part.name], np.float64)

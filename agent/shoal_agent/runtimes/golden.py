@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal_agent.detection import Detections, match, suppress
 from shoal_agent.runtimes.base import Instance
 from shoal_agent.runtimes.tensors import Array, check_inputs, dtype_of
-from shoal_protos.bundle import Bundle, TensorSpec
+from shoal_protos.bundle import BoxRule, Bundle, GoldenCases, TensorSpec
 from shoal_protos.errors import InvalidInput
 
 MAX_CASES = 1024
@@ -24,7 +25,7 @@ class GoldenReport:
     cases: int
     ok: bool
     max_abs_error: float
-    agreement: float  # share of cases with the expected arg-max (logits), else within tolerance
+    agreement: float  # share of cases with the expected arg-max (logits) or boxes, else within tolerance
 
 
 def load_arrays(path: str, label: str) -> dict[str, Array]:
@@ -102,8 +103,11 @@ def check_golden(bundle: Bundle, instance: Instance) -> GoldenReport:
     found = {name: np.concatenate([row[name] for row in rows]) for name in expected}
     if any(found[name].shape != expected[name].shape for name in expected):
         return GoldenReport(count, False, math.inf, 0.0)
+    signature = bundle.config.signature
+    if signature.output_kind == "boxes":
+        return _check_boxes(found, expected, golden, signature.boxes or BoxRule())
     within, worst = _tolerance(found, expected, golden.rtol, golden.atol)
-    if bundle.config.signature.output_kind != "logits":
+    if signature.output_kind != "logits":
         return GoldenReport(count, bool(within.all()), worst, float(within.mean()))
     same = np.ones(count, bool)
     for name, value in expected.items():
@@ -112,6 +116,48 @@ def check_golden(bundle: Bundle, instance: Instance) -> GoldenReport:
         same &= found[name].reshape(count, -1).argmax(1) == value.reshape(count, -1).argmax(1)
     agreement = float(same.mean())
     return GoldenReport(count, bool(within.all()) or agreement >= golden.min_agreement, worst, agreement)
+
+
+def _check_boxes(
+    found: Mapping[str, Array], expected: Mapping[str, Array], golden: GoldenCases, rule: BoxRule
+) -> GoldenReport:
+    """Boxes agree where their numbers do, or where applications would get the same answer.
+
+    The corners of a candidate that nobody sees are free: they come from cells that hold nothing.
+    """
+    count = len(next(iter(expected.values())))
+    if any(value.ndim != 3 or value.shape[2] < 5 for value in expected.values()):
+        raise InvalidInput(f"The outputs in '{golden.file}' are no boxes.")
+    within, worst = _tolerance(
+        {name: _seen(value, expected[name], rule) for name, value in found.items()},
+        {name: _seen(value, found[name], rule) for name, value in expected.items()},
+        golden.rtol,
+        golden.atol,
+    )
+    if any(np.isnan(value).any() for value in found.values()):
+        return GoldenReport(count, False, math.inf, 0.0)
+    same = within.copy()
+    for place in np.flatnonzero(~within):
+        same[place] = all(
+            same_answer(suppress(found[name][place], rule), suppress(value[place], rule))
+            for name, value in expected.items()
+        )
+    agreement = float(same.mean())
+    return GoldenReport(count, bool(within.all()) or agreement >= golden.min_agreement, worst, agreement)
+
+
+def _seen(own: Array, other: Array, rule: BoxRule) -> Array:
+    """`own` with the corners of candidates blanked that neither side scores as high as the rule asks."""
+    scores = np.maximum(own[..., 4:].max(axis=-1), other[..., 4:].max(axis=-1))
+    return np.where(((scores < rule.score_threshold)[..., None]) & (np.arange(own.shape[-1]) < 4), 0, own)
+
+
+def same_answer(found: Detections, expected: Detections, iou: float = 0.5) -> bool:
+    """True when both hold the same boxes: as many, each overlapping one of its class by `iou`."""
+    if len(found) != len(expected):
+        return False
+    target = np.concatenate([expected.boxes, expected.classes[:, None].astype(np.float32)], axis=1)
+    return bool(match(found, target, iou).hits.all())
 
 
 def _tolerance(

@@ -16,7 +16,7 @@ import numpy as np
 from shoal_agent.runtimes.tensors import Array
 from shoal_agent.telemetry.histograms import ExponentialHistogram
 from shoal_agent.telemetry.sketches import Sketcher
-from shoal_protos.bundle import Signature
+from shoal_protos.bundle import BoxRule, Signature
 from shoal_protos.errors import ShoalError
 from shoal_protos.v1.telemetry_pb2 import PlacementWindow
 
@@ -65,7 +65,10 @@ class Observer:
         self._input_name, self._output_name = first_in.name, first_out.name
         self._input_sketcher: Sketcher | None = Sketcher(signature.input_kind, first_in.low, first_in.high)
         kind = signature.output_kind
-        self._output_sketcher: Sketcher | None = Sketcher(kind, first_out.low, first_out.high)
+        rule = signature.boxes or BoxRule()
+        self._output_sketcher: Sketcher | None = Sketcher(
+            kind, first_out.low, first_out.high, threshold=rule.score_threshold
+        )
         self._pending: list[tuple[Array, Array]] = []
         self._pending_items = self._pending_bytes = 0
         self._sketched = self._sketch_ns = self._requests = 0

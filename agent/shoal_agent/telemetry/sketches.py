@@ -10,9 +10,11 @@ import math
 
 import numpy as np
 
+from shoal_agent.telemetry.boxes import classes_of
 from shoal_agent.telemetry.statistics import (
     BINS,
     MAX_CLASS_BINS,
+    SCORE_THRESHOLD,
     Array,
     as_images,
     ranges_of,
@@ -71,10 +73,18 @@ class Sketcher:
     Args:
         kind: "image", "series", "audio", "tensor"; "logits", "values", "boxes".
         low, high: the signature's declared range, None or `high <= low` = not declared.
+        threshold: of the signature's box rule; matters to boxes only.
     """
 
-    def __init__(self, kind: str, low: float | None = None, high: float | None = None) -> None:
-        self.kind = kind
+    def __init__(
+        self,
+        kind: str,
+        low: float | None = None,
+        high: float | None = None,
+        *,
+        threshold: float = SCORE_THRESHOLD,
+    ) -> None:
+        self.kind, self.threshold = kind, threshold
         self.low = math.nan if low is None else float(low)
         self.high = math.nan if high is None else float(high)
         ranges_of(kind, self.low, self.high)  # an unknown kind fails here, not under traffic
@@ -98,11 +108,11 @@ class Sketcher:
         if self.kind in ("series", "audio"):
             values, spectrum = series_and_spectrum(batch, self.low, self.high)
         else:
-            values = statistics(self.kind, batch, self.low, self.high)
+            values = statistics(self.kind, batch, self.low, self.high, threshold=self.threshold)
             if self.kind == "image":
                 channels = as_images(batch).shape[-1]
         if not self._parts:
-            self._open(channels, int(np.prod(batch.shape[1:])))
+            self._open(channels, batch.shape)
         for name, part in self._parts.items():
             column = values["class" if name == CLASS_SHARE else name]
             part.add(np.asarray(column, np.float64))
@@ -113,10 +123,12 @@ class Sketcher:
             self._spectrum += total
         self.count += len(batch)
 
-    def _open(self, channels: int, size: int) -> None:
+    def _open(self, channels: int, shape: tuple[int, ...]) -> None:
         for name, (low, high) in ranges_of(self.kind, self.low, self.high, channels).items():
             self._parts[name] = _Accumulator(low, (high - low) / BINS, BINS)
-        if self.kind == "logits":
+        if self.kind in ("logits", "boxes"):
+            # The last of a detector's is for "nothing found".
+            size = classes_of(shape) + 1 if self.kind == "boxes" else int(np.prod(shape[1:]))
             # Many classes share a bin, by the number of classes alone.
             width = math.ceil(size / MAX_CLASS_BINS)
             self._parts[CLASS_SHARE] = _Accumulator(0.0, float(width), math.ceil(size / width))
@@ -130,9 +142,16 @@ class Sketcher:
         return result
 
 
-def sketch(kind: str, batch: Array, low: float | None = None, high: float | None = None) -> SketchSet:
+def sketch(
+    kind: str,
+    batch: Array,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    threshold: float = SCORE_THRESHOLD,
+) -> SketchSet:
     """The sketch of one batch [N, ...]: what packing uses for a bundle's reference."""
-    sketcher = Sketcher(kind, low, high)
+    sketcher = Sketcher(kind, low, high, threshold=threshold)
     sketcher.update(batch)
     return sketcher.to_proto()
 

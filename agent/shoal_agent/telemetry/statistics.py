@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from shoal_agent.telemetry.boxes import BOXES, box_statistics
+from shoal_protos.bundle import BoxRule
 from shoal_protos.errors import InvalidInput
 
 Array = np.ndarray[Any, Any]
 
 BINS = 128
 MAX_CLASS_BINS = 256
+SCORE_THRESHOLD = BoxRule().score_threshold
 _PATCHES, _PATCH = 4, 16  # images above 64x64 are read through a 4x4 grid of 16x16 patches
 _SPECTRUM_BINS = 513
 _LOG_FLOOR = 1e-4
@@ -123,7 +126,9 @@ def ranges_of(kind: str, low: float, high: float, channels: int = 1) -> Mapping[
         return SERIES
     if kind == "logits":
         return LOGITS
-    if kind in ("tensor", "values", "boxes"):
+    if kind == "boxes":
+        return BOXES
+    if kind in ("tensor", "values"):
         return UNIT_TENSOR if is_ranged(low, high) else TENSOR
     raise InvalidInput(f"Unknown kind '{kind}'.", f"Known are {', '.join(INPUT_KINDS + OUTPUT_KINDS)}.")
 
@@ -361,12 +366,15 @@ def logits_statistics(batch: Array) -> dict[str, Array]:
     return {"confidence": confidence, "entropy": entropy, "margin": confidence - second, "class": best}
 
 
-def statistics(kind: str, batch: Array, low: float = 0.0, high: float = 0.0) -> dict[str, Array]:
+def statistics(
+    kind: str, batch: Array, low: float = 0.0, high: float = 0.0, *, threshold: float = SCORE_THRESHOLD
+) -> dict[str, Array]:
     """Statistic -> [N] of a batch [N, ...].
 
     Args:
         kind: "image", "series", "audio", "tensor", "logits", "values" or "boxes".
         low, high: the signature's declared range; `high <= low` or NaN = not declared.
+        threshold: of the signature's box rule; matters to boxes only.
 
     Raises:
         InvalidInput: an unknown kind, or a batch of a shape that the kind does not have.
@@ -377,6 +385,8 @@ def statistics(kind: str, batch: Array, low: float = 0.0, high: float = 0.0) -> 
         return series_statistics(batch, low, high)
     if kind == "logits":
         return logits_statistics(batch)
-    if kind in ("tensor", "values", "boxes"):
+    if kind == "boxes":
+        return box_statistics(batch, threshold)
+    if kind in ("tensor", "values"):
         return tensor_statistics(batch, low, high)
     raise InvalidInput(f"Unknown kind '{kind}'.", f"Known are {', '.join(INPUT_KINDS + OUTPUT_KINDS)}.")

@@ -19,7 +19,7 @@ KINDS: dict[str, tuple[tuple[int, ...], float | None, float | None]] = {
     "tensor": ((5, 3), None, None),
     "logits": ((10,), None, None),
     "values": ((4,), 0, 1),
-    "boxes": ((6, 4), None, None),
+    "boxes": ((6, 7), None, None),
 }
 
 
@@ -63,7 +63,7 @@ def test_each_kind_has_fixed_bins_and_enough_statistics(kind: str) -> None:
         (p.name, p.low, p.width, len(p.counts)) for p in other.sketches
     ]
     assert found.rule_version == RULE_VERSION
-    minimum = {"logits": 4}.get(kind, 12)
+    minimum = {"logits": 4, "boxes": 9}.get(kind, 12)
     assert len(found.sketches) >= minimum
     assert bool(found.mean_log_spectrum) == (kind in ("series", "audio"))
 
