@@ -71,6 +71,10 @@ class Paths:
         return self.root / "config.json"
 
     @property
+    def transitions(self) -> Path:
+        return self.state / "transitions.jsonl"
+
+    @property
     def profile_cache(self) -> Path:
         return self.state / "profile.json"
 
@@ -208,9 +212,11 @@ def _check(name: str, value: Any, where: str) -> Any:
             raise InvalidInput(f"{where}: runtimes must be names separated by commas.")
         return tuple(item.strip() for item in items if item.strip()) or None
     if name == "child_prefix":
+        if not isinstance(value, str):
+            raise InvalidInput(f"{where}: child_prefix must be a command line.")
         try:
             shlex.split(value)
-        except (AttributeError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise InvalidInput(f"{where}: child_prefix must be a command line: {error}.") from error
         return value
     if name == "host":

@@ -18,6 +18,7 @@ class ClassFacts:
     architecture: str
     isa: frozenset[str]
     runtimes: Mapping[str, str]  # name -> version, the oldest of the class
+    emulated: bool = False  # every device of it is, so none can be timed
 
     @property
     def hardware(self) -> str:
@@ -30,6 +31,7 @@ def facts_of(profile: Profile, name: str) -> ClassFacts:
         profile.architecture,
         frozenset(profile.isa_features),
         {runtime.name: runtime.version for runtime in profile.runtimes},
+        profile.emulated,
     )
 
 
@@ -45,7 +47,8 @@ def class_facts(devices: Iterable[Device]) -> dict[str, ClassFacts]:
                 for name, version in old.runtimes.items()
                 if name in new.runtimes
             }
-            new = ClassFacts(new.name, new.architecture, old.isa & new.isa, shared)
+            emulated = old.emulated and new.emulated
+            new = ClassFacts(new.name, new.architecture, old.isa & new.isa, shared, emulated)
         found[new.name] = new
     return found
 

@@ -133,6 +133,7 @@ def _classes(session: Session, row: Optimization, machine: Profile) -> list[dict
             "local": facts.hardware == own.hardware
             and facts.isa == own.isa
             and set(facts.runtimes) <= set(own.runtimes),
+            "emulated": facts.emulated,
         }
         for name, facts in sorted(wanted_classes(session, row, machine).items())
     ]

@@ -219,16 +219,19 @@ def add_figures(
     Of a class that could not be measured, a row says so: the variant is meant for that class.
     """
     added = False
+    sources = figures.get("sources") or {}  # of single kinds, where they differ
     for kind in MEASUREMENT_KINDS:
-        value = figures.get(kind)
+        value, said = figures.get(kind), str(sources.get(kind) or source)
+        if value is None and kind == "latency" and source.startswith("unmeasured ("):
+            value = {"value": None}  # why it is unmeasured
         if value is None:
             continue
         if not isinstance(value, Mapping):
             value = {"bytes": value} if kind == "memory" else {"value": value}
         add_measurement(
-            session, variant, profile_class, kind, value, clock, source=source, device=device, context=context
+            session, variant, profile_class, kind, value, clock, source=said, device=device, context=context
         )
-        added = True
+        added = added or said == source or kind == "accuracy"
     if not added:
         add_measurement(
             session, variant, profile_class, "accuracy", {"value": None}, clock, source="unmeasured"

@@ -25,12 +25,13 @@ Kind = Literal["ingest", "optimize", "adapt"]
 @dataclass(frozen=True)
 class ProfileClass:
     """A profile class as the search sees it. `local` = this machine is of it, so that latency
-    measured here may be claimed for it."""
+    measured here may be claimed for it; `emulated` = only emulated devices are, so nobody can time it."""
 
     name: str
     isa: tuple[str, ...] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)  # runtime -> version
     local: bool = False
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _class(raw: Any, i: int) -> ProfileClass:
         isa=tuple(str(feature) for feature in _option(raw, "isa", list, [], where)),
         runtimes={str(name): str(version) for name, version in runtimes.items()},
         local=_option(raw, "local", bool, False, where),
+        emulated=_option(raw, "emulated", bool, False, where),
     )
 
 

@@ -30,6 +30,10 @@ from shoal_protos.v1 import desired_pb2, telemetry_pb2
 TrialKind = Literal["timing", "outputs"]
 Status = Literal["measured", "unmeasured", "no data"]
 
+# What an emulated device (qemu-user) says: its answers are right, its times are no device's.
+EMULATED = "emulated"
+UNMEASURED_EMULATED = "unmeasured (emulated)"
+
 CHILD_SECONDS = 120  # a bench process that takes longer is stuck
 
 
@@ -91,7 +95,7 @@ class Measurement:
     profile_class: str
     kind: TrialKind
     status: Status
-    source: str  # "local", "trial", "unmeasured"
+    source: str  # "local", "trial", "emulated" (outputs only), "unmeasured", "unmeasured (emulated)"
     latency_p50: Figure | None = None
     latency_p95: Figure | None = None
     memory: Figure | None = None
@@ -150,12 +154,20 @@ def from_result(
     kind: TrialKind,
     source: str,
 ) -> Measurement:
-    """A `Measurement` from what the agent's bench reports; a failed trial is `no data` with its reason."""
+    """A `Measurement` from what the agent's bench reports; a failed trial is `no data` with its reason,
+    an emulated device's timing is `unmeasured` and its outputs count, marked by their source."""
     context = dict(result.context)
     if not result.ok:
         return Measurement(
             bundle, profile_class, kind, "no data", source, context=context, reason=result.error or "failed"
         )
+    if context.get(EMULATED) == "yes":
+        if kind == "timing":
+            reason = "Only an emulated device answered; its times are no device's."
+            return Measurement(
+                bundle, profile_class, kind, "unmeasured", UNMEASURED_EMULATED, context=context, reason=reason
+            )
+        source = EMULATED
     series = result.timing.candidate
     timed = kind == "timing" and series.runs > 0
     runs = int(series.runs)

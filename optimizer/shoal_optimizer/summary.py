@@ -122,6 +122,7 @@ def _row(candidate: Candidate, figures: Figures) -> dict[str, Any]:
         "winner": figures.winner,
         "int8_share": figures.int8_share,
         "source": figures.source,
+        "accuracy_source": figures.accuracy_source or figures.source,
         "context": figures.context,
     }
 

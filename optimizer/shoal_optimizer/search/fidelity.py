@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shoal_optimizer.analysis import Analysis, analyse
 from shoal_optimizer.candidates import Candidate
 from shoal_optimizer.jobspec import ProfileClass
-from shoal_optimizer.meter import Figure, Measurement
+from shoal_optimizer.meter import UNMEASURED_EMULATED, Figure, Measurement
 from shoal_optimizer.objective import Objective, show
 from shoal_optimizer.recipe import Recipe, apply
 from shoal_optimizer.search import frontier
@@ -71,7 +71,11 @@ def cheap_items(task: Task) -> int | None:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of a candidate for one class. `source`: "trial", "local" or "unmeasured"."""
+    """What is known of a candidate for one class.
+
+    `source`: "trial", "local", "unmeasured", or "unmeasured (emulated)" where only emulated devices are of
+    the class. `accuracy_source` is "emulated" where an emulated device answered the inputs.
+    """
 
     accuracy: Figure | None = None
     latency_p50: Figure | None = None
@@ -79,6 +83,7 @@ class Figures:
     memory: Figure | None = None
     int8_share: float | None = None
     source: str = "unmeasured"
+    accuracy_source: str = ""  # "" = as `source`
     context: dict[str, str] | None = None
     ratio: Figure | None = None  # latency over the incumbent's, same rounds
     winner: str = "unmeasured"
@@ -103,6 +108,7 @@ class Figures:
             "memory": None if self.memory is None else {"bytes": int(self.memory.value)},
             "int8_share": self.int8_share,
             "source": self.source,
+            "sources": {"accuracy": self.accuracy_source or self.source},
         }
 
 
@@ -125,14 +131,16 @@ def claim(
     local: Measurement | None,
     trial: Measurement | None,
     accuracy: Figure | None = None,
+    accuracy_source: str = "",
 ) -> Figures:
     """What may be said about a class: a trial's figures, else this machine's if it is of the class.
 
     Args:
-        accuracy: from an `outputs` trial.
+        accuracy: from an `outputs` trial, whose source is `accuracy_source`.
     """
     if accuracy is None and profile_class.local:
-        accuracy = candidate.accuracy
+        accuracy, accuracy_source = candidate.accuracy, "local"
+    accuracy_source = accuracy_source if accuracy is not None else ""
     chosen = trial if trial is not None and trial.status == "measured" else None
     if chosen is None and profile_class.local and local is not None and local.status == "measured":
         chosen = local
@@ -141,7 +149,11 @@ def claim(
         share = candidate.int8_share
     if chosen is None:
         source = "local" if accuracy is not None and profile_class.local else "unmeasured"
-        return Figures(accuracy=accuracy, int8_share=share, source=source)
+        if not profile_class.local and (
+            profile_class.emulated or (trial is not None and trial.source == UNMEASURED_EMULATED)
+        ):
+            source = UNMEASURED_EMULATED
+        return Figures(accuracy=accuracy, int8_share=share, source=source, accuracy_source=accuracy_source)
     return Figures(
         accuracy=accuracy,
         latency_p50=chosen.latency_p50,
@@ -149,6 +161,7 @@ def claim(
         memory=chosen.memory or (local.memory if profile_class.local and local is not None else None),
         int8_share=share,
         source=chosen.source,
+        accuracy_source=accuracy_source,
         context=dict(chosen.context),
         ratio=chosen.ratio,
         winner=chosen.winner,

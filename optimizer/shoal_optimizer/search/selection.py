@@ -43,7 +43,7 @@ class Selection:
     fleet: Meter | None  # None: no device will answer
     trials: int  # per class, at most
     _trials: dict[tuple[str, str], Measurement] = field(default_factory=dict)
-    _accuracies: dict[tuple[str, str], Figure] = field(default_factory=dict)
+    _accuracies: dict[tuple[str, str], tuple[Figure, str]] = field(default_factory=dict)  # with sources
 
     @property
     def spec(self) -> JobSpec:
@@ -139,14 +139,21 @@ class Selection:
             incumbent = self.incumbent(profile_class)
             for candidate in kept[profile_class.name][: self.trials]:
                 rival = incumbent if incumbent and incumbent.digest != candidate.bundle else None
-                answer = self.fleet.measure(candidate.ref, profile_class, incumbent=rival)
-                if isinstance(answer, Pending):
-                    pending.append(answer.trial)
-                else:
-                    self._trials[profile_class.name, candidate.name] = answer
+                if not profile_class.emulated:  # nobody of it can time anything
+                    pending.extend(self._ask_timing(candidate, profile_class, rival))
                 if not profile_class.local:
                     pending.extend(self._ask_outputs(candidate, profile_class))
         return pending
+
+    def _ask_timing(
+        self, candidate: Candidate, profile_class: ProfileClass, rival: BundleRef | None
+    ) -> list[str]:
+        assert self.fleet is not None
+        answer = self.fleet.measure(candidate.ref, profile_class, incumbent=rival)
+        if isinstance(answer, Pending):
+            return [answer.trial]
+        self._trials[profile_class.name, candidate.name] = answer
+        return []
 
     def _ask_outputs(self, candidate: Candidate, profile_class: ProfileClass) -> list[str]:
         """Accuracy on a class that this machine is not of: its device answers real inputs."""
@@ -167,7 +174,7 @@ class Selection:
                 outputs = stored[task.signature.outputs[0].name]
             if len(outputs) == len(data):
                 found = as_figure(score(task, outputs, data.targets))
-                self._accuracies[profile_class.name, candidate.name] = found
+                self._accuracies[profile_class.name, candidate.name] = found, answer.source
         return []
 
     def incumbent(self, profile_class: ProfileClass) -> BundleRef | None:
@@ -205,7 +212,7 @@ class Selection:
             profile_class,
             local,
             self._trials.get((profile_class.name, candidate.name)),
-            self._accuracies.get((profile_class.name, candidate.name)),
+            *self._accuracies.get((profile_class.name, candidate.name), (None, "")),
         )
 
     def emit(self, candidates: Iterable[Candidate], *, careful: bool = False) -> None:
@@ -269,4 +276,5 @@ def front_entry(candidate: Candidate, figures: Figures) -> dict[str, Any]:
         "size_bytes": candidate.size_bytes,
         "wire_bytes": candidate.wire_bytes,
         "source": figures.source,
+        "accuracy_source": figures.accuracy_source or figures.source,
     }
