@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shoal_agent.detection import Matched, match, suppress
+from shoal_agent.imaging import Placed
 from shoal_protos.bundle import BoxRule
 
 NO_BOX = np.array([0, 0, 0, 0, -1], np.float32)
@@ -51,18 +52,16 @@ def same_size(targets: Sequence[np.ndarray]) -> list[np.ndarray]:
     ]
 
 
-def moved(target: np.ndarray, scale: tuple[float, float], offset: tuple[float, float]) -> np.ndarray:
+def moved(target: np.ndarray, placed: Placed) -> np.ndarray:
     """A target [boxes, 5] in shares of a picture as shares of the tensor that the picture was placed in.
 
-    Args:
-        scale, offset: x, y: share of the tensor = share of the picture * scale + offset. Boxes are cut
-            at the tensor's edges; those that lie outside go.
+    Boxes are cut at the tensor's edges; of those that lie outside it padding is left.
     """
     result = np.array(target, np.float32)
     real = result[:, 4] >= 0
-    corners = result[:, :4].reshape(-1, 2, 2) * np.array(scale, np.float32) + np.array(offset, np.float32)
-    corners = np.clip(corners, 0, 1)
-    gone = real & ((corners[:, 1] - corners[:, 0]) <= 0).any(axis=1)
-    result[:, :4] = np.where(real[:, None], corners.reshape(-1, 4), result[:, :4])
-    result[gone] = NO_BOX
+    pixels = result[:, :4] * np.array(placed.size * 2, np.float64)
+    shares = np.clip(placed.to_tensor(pixels), 0, 1)
+    gone = (shares[:, 2:] <= shares[:, :2]).any(axis=1)
+    result[:, :4] = np.where(real[:, None], shares, result[:, :4])
+    result[real & gone] = NO_BOX
     return result

@@ -9,7 +9,7 @@ import numpy as np
 
 from shoal_optimizer.boxes import moved
 from shoal_protos.bundle import Signature
-from shoal_protos.errors import InvalidInput
+from shoal_protos.errors import InvalidInput, Unsupported
 
 FILE_KINDS = {"image": "a picture", "audio": "a .wav", "series": "a .wav"}
 
@@ -51,8 +51,8 @@ class Reader:
 
                 return sounds.decode(source, self.signature), target
             return self._picture(source, target)
-        except InvalidInput as error:
-            raise InvalidInput(f"{where}: {error}", error.remedy) from error
+        except (InvalidInput, Unsupported) as error:
+            raise InvalidInput(f"{where}: {error.message}", error.remedy) from error
 
     def _picture(self, source: Any, target: Any) -> tuple[np.ndarray, Any]:
         from shoal_agent import imaging
@@ -60,9 +60,7 @@ class Reader:
         if self.signature.output_kind != "boxes":
             return imaging.decode(source, self.signature), target
         placed = imaging.place(source, self.signature)
-        return placed.tensor, moved(
-            np.asarray(target, np.float32).reshape(-1, 5), placed.scale, placed.offset
-        )
+        return placed.tensor, moved(np.asarray(target, np.float32).reshape(-1, 5), placed)
 
 
 def _is_file(value: Any) -> bool:
