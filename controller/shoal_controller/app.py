@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from shoal_controller import audit, identity, maintenance
+from shoal_controller.addresses import AddressKeeper, Hosts, of_this_machine
 from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock, now_ms
 from shoal_controller.desired_inputs import PublishedSettings
@@ -50,13 +51,14 @@ class Controller:
     """The controller process. `open()` takes the data directory, `start()` opens the doors too.
 
     `services` is what routers and runners work with; `ports` what is bound ("http", "enrolment",
-    "agents").
+    "agents" and, with `lan`, "installer"). `hosts` finds the addresses that devices are told.
     """
 
-    def __init__(self, settings: Settings, clock: Clock = now_ms) -> None:
+    def __init__(self, settings: Settings, clock: Clock = now_ms, hosts: Hosts | None = None) -> None:
         self.settings = settings
         self.clock = clock
         self.ports: dict[str, int] = {}
+        self._hosts = hosts or self._own_hosts
         self.stopping = asyncio.Event()  # streams end when it is set
         self._services: Services | None = None
         self._lock: IO[str] | None = None
@@ -177,11 +179,17 @@ class Controller:
         gateway = Gateway(services)
         self._undo.append(gateway.stop)
         await _with_fallback(
-            lambda ports: gateway.start(ports["enrolment"], ports["agents"], settings.host), wanted, settings
+            lambda ports: gateway.start(ports["enrolment"], ports["agents"], settings.doors_host),
+            wanted,
+            settings,
         )
         self.ports.update(gateway.ports)
-        services.addresses = {name: f"{settings.host}:{self.ports[name]}" for name in ("enrolment", "agents")}
         self._publish_settings(services)
+        services.addresses = {name: f"{settings.host}:{self.ports[name]}" for name in ("enrolment", "agents")}
+        addresses = AddressKeeper(services, self._hosts)
+        await addresses.start()
+        self._undo.append(addresses.stop)
+        await self._open_installer(services, wanted)
         keeper = Maintenance(services)
         await keeper.start()
         self._undo.append(keeper.stop)
@@ -191,14 +199,34 @@ class Controller:
         self.ports["http"] = await _with_fallback(
             lambda ports: door.start(settings.host, ports["http"]), wanted, settings
         )
-        write_ports(settings.ports_file, {**self.ports, "host": settings.host})
+        write_ports(settings.ports_file, {**self.ports, "host": settings.host, "hosts": services.hosts})
         log.info("The controller of fleet '%s' is up: %s", settings.fleet, self.ports)
+
+    def _own_hosts(self) -> tuple[str, ...]:
+        found = of_this_machine() if self.settings.lan else (self.settings.host,)
+        return tuple(dict.fromkeys((*self.settings.extra_hosts, *found)))
+
+    async def _open_installer(self, services: Services, wanted: dict[str, int]) -> None:
+        """Door 8441, only with `lan`."""
+        settings = self.settings
+        if not settings.lan:
+            return
+        from shoal_controller.gateway import installer  # the web stack, as below
+
+        door = HttpDoor(
+            installer.create(settings.wheels_dir), "--installer-port", connections=installer.MAX_CONNECTIONS
+        )
+        self._undo.append(door.stop)
+        self.ports["installer"] = await _with_fallback(
+            lambda ports: door.start(settings.doors_host, ports["installer"]), wanted, settings
+        )
+        services.installer_port = self.ports["installer"]
 
     def _publish_settings(self, services: Services) -> None:
         settings = self.settings
         with services.store.write() as session:
             PublishedSettings(
-                addresses=(services.addresses["agents"],),
+                addresses=PublishedSettings.load(session).addresses,
                 telemetry_seconds=settings.telemetry_seconds,
                 heartbeat_seconds=settings.heartbeat_seconds,
                 desired_seconds=settings.desired_seconds,
@@ -285,6 +313,7 @@ def _wanted_ports(settings: Settings) -> dict[str, int]:
             ("http", settings.http_port),
             ("enrolment", settings.enrolment_port),
             ("agents", settings.agents_port),
+            ("installer", settings.installer_port),
         )
     }
 
@@ -297,6 +326,7 @@ async def _with_fallback(
         "http": settings.http_port,
         "enrolment": settings.enrolment_port,
         "agents": settings.agents_port,
+        "installer": settings.installer_port,
     }
     try:
         return await open_door(wanted)

@@ -192,6 +192,9 @@ class Client:
     def tokens(self) -> list[schemas.Token]:
         return self._many(schemas.Token, "/tokens")
 
+    def wheels(self) -> list[schemas.WheelSet]:
+        return self._many(schemas.WheelSet, "/wheels")
+
     def create_token(self, token: schemas.TokenCreate) -> schemas.TokenCreated:
         return self._one(schemas.TokenCreated, "POST", "/tokens", json=token.model_dump())
 

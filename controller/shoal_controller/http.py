@@ -26,8 +26,13 @@ class _Server(uvicorn.Server):
 class HttpDoor:
     """Serves one ASGI application."""
 
-    def __init__(self, application: Any) -> None:
+    def __init__(
+        self, application: Any, option: str = "--http-port", *, connections: int | None = None
+    ) -> None:
+        """`option` chooses the port on the command line; `connections`: more at once are refused."""
         self._application = application
+        self._option = option
+        self._connections = connections
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -37,7 +42,7 @@ class HttpDoor:
         Raises:
             Unavailable: the port is taken.
         """
-        door = bind_socket(host, port, "--http-port")
+        door = bind_socket(host, port, self._option)
         config = uvicorn.Config(
             self._application,
             lifespan="off",
@@ -47,6 +52,9 @@ class HttpDoor:
             server_header=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
             h11_max_incomplete_event_size=64 << 10,
+            limit_concurrency=self._connections,
+            # Only h11 bounds a request's head; a door for strangers needs that more than speed.
+            http="auto" if self._connections is None else "h11",
         )
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[door]), name="http")

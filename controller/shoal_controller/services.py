@@ -34,6 +34,18 @@ class Services:
     clock: Clock = now_ms
     # "enrolment", "agents" -> host:port that devices reach; empty until the doors are open
     addresses: dict[str, str] = field(default_factory=dict)
+    # Every host that devices may reach this machine by, best first (addresses.py); hints, no identity.
+    hosts: tuple[str, ...] = ()
+    installer_port: int = 0  # of door 8441; 0 while it is closed
+
+    def door_addresses(self, door: str) -> tuple[str, ...]:
+        """All `host:port` of the door "enrolment" or "agents", best first; empty until it is open."""
+        best = self.addresses.get(door, "")
+        port = best.rpartition(":")[2]
+        found = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self.hosts]
+        if not best:
+            return ()
+        return tuple(dict.fromkeys(found)) or (best,)
 
     def publish(self, devices: Iterable[str] | None = None) -> list[str]:
         """Makes desired states follow the store; returns the devices whose state changed.

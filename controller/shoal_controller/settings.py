@@ -7,12 +7,14 @@ Layout of the data directory (`SHOAL_HOME`, default `~/.local/share/shoal`, mode
     shoal.db               the store
     blobs/                 one OCI image layout for everything content-addressed
     jobs/                  the worker's job directories
+    wheels/                what devices install from, see wheels.py
     run/{controller.lock,ports.json}
 """
 
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ import tomllib
 
 from shoal_protos.errors import Denied, InvalidInput
 
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
 FLEET_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")  # a DNS label: it is part of a name
 
 
@@ -34,9 +37,11 @@ class Settings:
 
     home: Path
     fleet: str = ""  # "" = the directory's own; `shoal` for a new directory
-    host: str = "127.0.0.1"  # what API, dashboard and (without `lan`) the devices' doors bind to
+    host: str = "127.0.0.1"  # loopback; what API, dashboard and (without `lan`) the devices' doors bind to
     # Opens the doors for devices (installer, enrolment, agents) to the network; API and dashboard stay.
     lan: bool = False
+    # Hosts, comma-separated, that devices are told before the ones found: a port forward, a DNS name.
+    advertise: str = ""
     http_port: int = 8080  # API, dashboard, metrics; 0 = free
     installer_port: int = 8441  # plain HTTP, GET only: installer and wheels, only with `lan`; 0 = free
     enrolment_port: int = 8442  # server TLS; 0 = free
@@ -81,6 +86,11 @@ class Settings:
     def doors_host(self) -> str:
         """What the devices' doors bind to."""
         return "0.0.0.0" if self.lan else self.host  # noqa: S104  # TLS, or no secret crosses it
+
+    @property
+    def extra_hosts(self) -> tuple[str, ...]:
+        """`advertise`, taken apart."""
+        return tuple(host.strip() for host in self.advertise.split(",") if host.strip())
 
     @property
     def run_dir(self) -> Path:
@@ -190,12 +200,27 @@ def _parse_bool(text: str) -> bool:
     raise ValueError(text)
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _check(settings: Settings) -> Settings:
     if settings.fleet and not FLEET_NAME.match(settings.fleet):
         raise InvalidInput(
             f"'{settings.fleet}' is not a fleet name.",
             "Use lower-case letters, digits and dashes, at most 63.",
         )
+    if not _is_loopback(settings.host):
+        raise InvalidInput(
+            f"API and dashboard cannot be opened to the network at {settings.host}: there is no sign-in yet.",
+            "Leave --host out; --lan opens the doors for devices, and only those.",
+        )
+    for host in settings.extra_hosts:
+        if not HOST.match(host):
+            raise InvalidInput(f"advertise: '{host[:80]}' is no host.", "Give names or IPv4 addresses.")
     for name in ("http_port", "installer_port", "enrolment_port", "agents_port"):
         if not 0 <= getattr(settings, name) <= 65535:
             raise InvalidInput(f"{name} must be a port, 0 to 65535 (0 = a free one).")

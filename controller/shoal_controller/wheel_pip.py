@@ -142,7 +142,7 @@ def explain(output: str, target: Target, source: Source, constraints: Sequence[s
         wanted = refused[1].rstrip(";")
         return Unsupported(
             f"There is no wheel of {wanted} {where} {place}.",
-            remedy(Requirement(wanted).name, refused[2], target, source),
+            remedy(wanted, target, source),
         )
     for line in constraints:  # pip calls a constraint that no wheel meets a conflict
         name = Requirement(line).name
@@ -150,17 +150,17 @@ def explain(output: str, target: Target, source: Source, constraints: Sequence[s
             fits = _probe(name, target, source)
             return Unsupported(
                 f"There is no wheel of {line} {where} {place}.",
-                remedy(name, fits[0] if fits else "", target, source),
+                f"The newest that fits is {fits[0]}: use --constraint '{name}=={fits[0]}'"
+                if fits
+                else remedy(name, target, source),
             )
     return Unsupported("pip could not put the set together:\n" + tail(output), conflict_remedy(output))
 
 
-def remedy(name: str, versions: str, target: Target, source: Source) -> str:
-    """What fits instead: another version, a newer glibc, another runtime, or nothing."""
-    if versions and versions != "none":
-        newest = versions.rpartition(",")[2].strip()
-        return f"The newest that fits is {newest}: add --constraint '{name}=={newest}'"
-    newer = _probe(name, Target(target.platform, target.python, (2, NEWEST_GLIBC)), source)
+def remedy(wanted: str, target: Target, source: Source) -> str:
+    """What fits instead of the requirement `wanted`: a newer glibc, another runtime, or nothing."""
+    name = Requirement(wanted).name
+    newer = _probe(wanted, Target(target.platform, target.python, (2, NEWEST_GLIBC)), source)
     if newer is not None:
         version, glibc = newer[0], text_of(newer[1])
         return f"{name} {version} asks for glibc {glibc}: if the devices have it, add --glibc {glibc}"

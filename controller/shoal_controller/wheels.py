@@ -108,6 +108,29 @@ def find_file(directory: Path, sha256: str, name: str) -> Path:
     )
 
 
+def find_set(directory: Path, name: str) -> Set:
+    """Raises NotFound, naming the sets that are there."""
+    known = {item.name: item for item in sets(directory)}
+    if name not in known:
+        raise NotFound(f"There is no set '{name[:60]}'.", f"Sets: {', '.join(known) or 'none'}.")
+    return known[name]
+
+
+def facts(item: Set) -> dict[str, Any]:
+    """The set as the API shows it."""
+    return {
+        "name": item.name,
+        "platform": item.platform,
+        "python": item.python,
+        "extras": list(item.extras),
+        "files": len(item.files),
+        "size": item.size,
+        "glibc": item.glibc,
+        "added_ms": item.added_ms,
+        "installed_bytes": item.installed_bytes,
+    }
+
+
 def _parse(value: dict[str, Any]) -> Set:
     return Set(
         platform=value["platform"],
@@ -297,14 +320,12 @@ def remove(directory: Path, name: str) -> Set:
         Conflict: an `add` is at work.
     """
     with locked(directory):
-        known = {item.name: item for item in sets(directory)}
-        if name not in known:
-            raise NotFound(f"There is no set '{name}'.", f"Sets: {', '.join(known) or 'none'}.")
+        present = find_set(directory, name)
         gone = directory / f".{name}.old"
         (directory / name).rename(gone)
         RealFs().fsync_directory(directory)
         shutil.rmtree(gone)
-        return known[name]
+        return present
 
 
 def check(directory: Path, item: Set) -> None:

@@ -34,6 +34,7 @@ OTHERS = (
     "rollouts",
     "findings",
     "story",
+    "wheels",
 )
 
 

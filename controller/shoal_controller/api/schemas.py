@@ -248,6 +248,8 @@ class WheelSet(Schema):
     size: int  # bytes
     glibc: str  # the newest that any wheel asks for: "2.28"
     added_ms: int
+    name: str = ""  # aarch64-cp313
+    installed_bytes: int = 0  # on a device's disk
 
 
 class Version(Schema):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from sqlalchemy import select
 
-from shoal_controller import enrolment
+from shoal_controller import enrolment, installer, wheels
+from shoal_controller.addresses import bracketed
 from shoal_controller.api import schemas
 from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.services import Services
@@ -26,8 +29,8 @@ def list_tokens(services: ServicesDep) -> list[schemas.Token]:
 
 @router.post("/tokens", status_code=201)
 def create_token(body: schemas.TokenCreate, services: ServicesDep, actor: ActorDep) -> schemas.TokenCreated:
-    """A new join token. Its text is in this answer only."""
-    enrolment_address, agents_address = _addresses(services)
+    """A new join token. Its text, and the line for a bare device, are in this answer only."""
+    doors = _doors(services)
     with services.store.write() as session:
         row, secret = enrolment.create_token(
             session,
@@ -37,8 +40,8 @@ def create_token(body: schemas.TokenCreate, services: ServicesDep, actor: ActorD
             actor=actor,
             now_ms=services.clock(),
         )
-    text = enrolment.token_text(services.keys, secret, [enrolment_address], [agents_address])
-    return schemas.TokenCreated(**_token(row).model_dump(), token=text)
+    text = enrolment.token_text(services.keys, secret, *doors)
+    return schemas.TokenCreated(**_token(row).model_dump(), token=text, **_line(services, text))
 
 
 @router.delete("/tokens/{key}")
@@ -48,11 +51,25 @@ def revoke_token(key: str, services: ServicesDep, actor: ActorDep) -> schemas.To
         return _token(enrolment.revoke_token(session, find(session, JoinToken, key), actor=actor))
 
 
-def _addresses(services: Services) -> tuple[str, str]:
-    found = services.addresses.get("enrolment"), services.addresses.get("agents")
-    if not found[0] or not found[1]:
+def _doors(services: Services) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    found = services.door_addresses("enrolment"), services.door_addresses("agents")
+    if not all(found):
         raise Unavailable("The controller's doors for devices are not open yet.", "Try again in a moment.")
-    return found[0], found[1]
+    return found
+
+
+def _line(services: Services, token: str) -> dict[str, Any]:
+    """The line for a bare device, or what has to be done first for there to be one."""
+    missing = []
+    if not wheels.sets(services.settings.wheels_dir):
+        missing.append(f"{installer.FIRST_SET} (the wheels that devices install from)")
+    if not services.installer_port:
+        missing.append("shoal up --lan (opens the doors for devices to the network)")
+    if missing:
+        return {"note": "For a line that works on a bare device, run first: " + "; ".join(missing)}
+    digest = installer.publish(services.settings.wheels_dir)
+    url = f"http://{bracketed(services.hosts[0])}:{services.installer_port}"
+    return {"join_line": installer.line(url, digest, token), "installer_sha256": digest}
 
 
 def _token(row: JoinToken) -> schemas.Token:

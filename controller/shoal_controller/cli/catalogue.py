@@ -62,7 +62,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
     (
         "Set-up",
         (
-            Entry("controller", "controller", "This machine's controller: init."),
+            Entry("controller", "controller", "This machine's controller: init, wheels add."),
             Entry("context", "contexts", "Which controller to talk to: list, add, use, remove."),
         ),
     ),

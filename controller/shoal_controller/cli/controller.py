@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from shoal_controller.cli import options, output
+from shoal_controller.cli import options, output, wheel_store
 
 app = typer.Typer(no_args_is_help=True, help="This machine's controller.")
+app.add_typer(wheel_store.app, name="wheels")
 
 
 @app.callback()

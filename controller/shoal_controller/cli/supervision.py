@@ -131,7 +131,7 @@ class Supervisor:
         """Starts both; returns the controller's bound ports. Raises StartFailed."""
         ports = self.controller.start(ready=True)
         # A controller that is started again must be found where devices know it.
-        for name in ("http", "enrolment", "agents"):
+        for name in ports:
             self.controller.environment[f"SHOAL_{name.upper()}_PORT"] = str(ports[name])
         self.worker.start()
         return ports

@@ -28,6 +28,19 @@ COLUMNS = (
 )
 
 
+BY_LINE = (
+    "Paste the line on the device, as root for a\n"
+    "system service. It fetches the agent from this controller, checks it, joins and starts it.\n"
+    "The token alone, for a machine where Shoal is installed: --json, field `token`."
+)
+BY_HAND = (
+    "On a machine with internet and pip:\n"
+    "  pip install 'shoal[agent,onnxruntime]'\n"
+    "  shoal-agent join   (asks for the token; or SHOAL_JOIN_TOKEN, or --token-file FILE)\n"
+    "  shoal-agent run"
+)
+
+
 @app.command("create")
 def create_token(
     ctx: typer.Context,
@@ -54,13 +67,13 @@ def create_token(
     if as_json:
         output.print_json(token)
     elif not out:
-        typer.echo(token.token)
+        typer.echo(token.join_line or token.token)
         output.say(
-            f"{token.id}: good for {changes.devices(uses)} within {ttl}, not shown again. On the device:\n"
-            "  pip install 'shoal[agent,onnxruntime]'\n"
-            "  shoal-agent join   (asks for the token; or SHOAL_JOIN_TOKEN, or --token-file FILE)\n"
-            "  shoal-agent run"
+            f"{token.id}: good for {changes.devices(uses)} within {ttl}, not shown again. "
+            + (BY_LINE if token.join_line else BY_HAND)
         )
+        if token.note:
+            output.say(token.note)
 
 
 def write_secret(path: Path, secret: str) -> None:

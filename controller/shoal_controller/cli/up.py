@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Mapping
@@ -20,16 +21,21 @@ Port = Annotated[int | None, typer.Option(min=0, max=65535, help="0 = any free o
 def up(
     home: Annotated[str, typer.Option("--home", help="Data directory [SHOAL_HOME].")] = "",
     fleet: Annotated[str, typer.Option("--fleet", help="Name of a new fleet.")] = "",
-    host: Annotated[str, typer.Option("--host", help="Address to bind; default: this machine only.")] = "",
+    host: Annotated[str, typer.Option("--host", help="Loopback address of API and dashboard.")] = "",
     http_port: Port = None,
     enrolment_port: Port = None,
     agents_port: Port = None,
+    lan: Annotated[
+        bool | None,
+        typer.Option("--lan/--no-lan", help="Open the doors for devices, and only those, to the network."),
+    ] = None,
+    installer_port: Port = None,
     ui: Annotated[bool | None, typer.Option("--ui/--no-ui", help="Serve the dashboard.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Starts the controller and its worker, making what is missing; Ctrl-C stops both.
 
-    Example: shoal up --home ./shoal --http-port 8080
+    Example: shoal up --lan
     """
     from shoal_controller import identity
     from shoal_controller.cli.supervision import StartFailed, Supervisor
@@ -42,6 +48,8 @@ def up(
         "http_port": http_port,
         "enrolment_port": enrolment_port,
         "agents_port": agents_port,
+        "installer_port": installer_port,
+        "lan": lan,
         "ui": ui,
     }
     settings = Settings.load(flags)
@@ -73,10 +81,11 @@ def announce(settings: Settings, fleet: str, ports: Mapping[str, int], as_json: 
     from shoal_controller.settings import default_home
     from shoal_protos import __version__
 
-    url = f"http://{settings.host}:{ports['http']}"
+    url, hosts = f"http://{settings.host}:{ports['http']}", told_hosts(settings)
     if as_json:
         output.print_json(
-            {"fleet": fleet, "url": url, "home": str(settings.home), "ports": dict(ports)}, indent=None
+            {"fleet": fleet, "url": url, "home": str(settings.home), "ports": dict(ports), "hosts": hosts},
+            indent=None,
         )
         return
     if not output.is_terminal():
@@ -88,11 +97,43 @@ def announce(settings: Settings, fleet: str, ports: Mapping[str, int], as_json: 
     )
     output.say(
         f"Shoal {__version__}, fleet '{fleet}'\n"
-        f"  dashboard  {url}/\n"
-        f"  devices    {settings.host}, ports {ports['enrolment']} (join) and {ports['agents']}\n"
+        f"  dashboard  {url}/ (this machine only)\n"
+        f"  devices    {doors(settings, ports, hosts)}\n"
         f"  data       {settings.home}\n\n"
         "Next, in another terminal:\n"
-        f"  {remote}shoal token create --join --uses 10 --ttl 1h\n"
-        f"  {remote}shoal model push examples/digits.py --name digits --wait\n\n"
-        "Ctrl-C stops the controller and its worker; devices serve on."
+        + "".join(f"  {remote}{line}\n" for line in next_commands(settings))
+        + "\nCtrl-C stops the controller and its worker; devices serve on."
     )
+
+
+def told_hosts(settings: Settings) -> list[str]:
+    """What the controller wrote down about how devices reach it, best first."""
+    try:
+        return list(json.loads(settings.ports_file.read_text())["hosts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return [settings.host]
+
+
+def doors(settings: Settings, ports: Mapping[str, int], hosts: list[str]) -> str:
+    if not settings.lan:
+        return (
+            f"{settings.host} only, ports {ports['enrolment']} (join) and {ports['agents']} (agents); "
+            "--lan opens them to the network"
+        )
+    outside = [host for host in hosts if host not in ("127.0.0.1", "::1")]
+    return (
+        f"{', '.join(outside or hosts)}\n"
+        f"             ports {ports['installer']} (installer), {ports['enrolment']} (join), "
+        f"{ports['agents']} (agents), open to the network"
+    )
+
+
+def next_commands(settings: Settings) -> list[str]:
+    from shoal_controller import installer, wheels
+
+    first = [installer.FIRST_SET] if settings.lan and not wheels.sets(settings.wheels_dir) else []
+    return [
+        *first,
+        "shoal token create --join --uses 10 --ttl 1h",
+        "shoal model push examples/digits.py --name digits --wait",
+    ]

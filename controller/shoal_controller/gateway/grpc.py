@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -28,9 +27,8 @@ MAX_ENROL_MESSAGE = 512 << 10
 class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
     """Joining and renewing."""
 
-    def __init__(self, services: Services, agent_addresses: Sequence[str]) -> None:
+    def __init__(self, services: Services) -> None:
         self._services = services
-        self._addresses = list(agent_addresses)
 
     async def Enroll(self, request: enrolment_pb2.EnrollRequest, context: Any) -> Any:  # noqa: N802
         services = self._services
@@ -42,7 +40,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
                     request,
                     settings=services.settings,
                     now_ms=services.clock(),
-                    agent_addresses=self._addresses,
+                    agent_addresses=services.door_addresses("agents"),
                 )
             )
 
@@ -56,7 +54,7 @@ class EnrolmentServicer(enrolment_pb2_grpc.EnrolmentServicer):
                     request,
                     settings=services.settings,
                     now_ms=services.clock(),
-                    agent_addresses=self._addresses,
+                    agent_addresses=services.door_addresses("agents"),
                 )
             )
 
@@ -105,7 +103,7 @@ class Gateway:
     def _bind_enrolment(self, host: str, port: int) -> None:
         server = grpc.aio.server(options=_options(MAX_ENROL_MESSAGE), maximum_concurrent_rpcs=MAX_ENROLLING)
         self._servers.append(server)
-        servicer = EnrolmentServicer(self._services, [f"{host}:{self.ports['agents']}"])
+        servicer = EnrolmentServicer(self._services)
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
         self.ports["enrolment"] = _bind(
             server, host, port, self._credentials(mutual=False), "--enrolment-port"

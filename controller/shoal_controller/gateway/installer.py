@@ -21,6 +21,7 @@ from shoal_controller import installer, wheels
 from shoal_protos import __version__
 from shoal_protos.errors import NotFound, ShoalError
 
+MAX_CONNECTIONS = 256
 MAX_TRANSFERS = 64
 MAX_TRANSFERS_AN_ADDRESS = 8
 STALLED_S = 60.0  # a client that takes nothing for so long is let go
