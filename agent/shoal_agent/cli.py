@@ -82,26 +82,75 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", action="store_true", help="print JSON")
     _runtimes(profile)
 
-    join = add("join", _join, f"join a fleet; the token comes from a file, ${TOKEN_VARIABLE} or a prompt")
-    join.add_argument("--token-file", metavar="FILE", help="file with the join token, - for standard input")
+    join = add(
+        "join",
+        _command("join"),
+        f"join a fleet and start the agent; the token comes from a file, ${TOKEN_VARIABLE} or a prompt",
+    )
+    _token_file(join)
     join.add_argument("--name", help="what people call this device (default: its host name)")
-    join.add_argument("--run", action="store_true", help="go on as `shoal-agent run`")
+    join.add_argument(
+        "--service",
+        default="auto",
+        choices=("auto", "system", "user", "none"),
+        help="what keeps the agent running: a systemd unit of the system or of this user; none = only join "
+        "(default auto: the unit that this machine offers, else a process of its own)",
+    )
+    join.add_argument(
+        "--wait", type=float, default=60.0, metavar="S", help="for the first heartbeat, default 60"
+    )
+    join.add_argument("--prefix", metavar="DIR", help="where the installer put the agent")
+    join.add_argument("--run", action="store_true", help="no service: go on as `shoal-agent run`")
     _running(join)
 
-    run = add("run", _run, "run the agent in the foreground")
-    _running(run)
+    foreground = add("run", run, "run the agent in the foreground")
+    foreground.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
+    _running(foreground)
 
     status = add("status", _status, "show what this device runs")
     status.add_argument("--json", action="store_true", help="print JSON")
     _state_dir(status)
 
-    leave = add("leave", _leave, "forget the fleet: key, certificate, bundles and everything waiting")
+    doctor = add("doctor", _command("doctor"), "say what is wrong here and what to do about it")
+    doctor.add_argument("--json", action="store_true", help="print JSON: checks, facts, last transitions")
+    _token_file(doctor)
+    _state_dir(doctor)
+
+    service = add("service", _command("service"), "start, stop or look at what keeps the agent running")
+    service.add_argument("action", choices=("status", "start", "stop", "restart"))
+    _state_dir(service)
+
+    leave = add(
+        "leave", _command("leave"), "leave the fleet: it shuts this device out, then all is forgotten here"
+    )
+    leave.add_argument(
+        "--purge", action="store_true", help="also remove unit, installation and state directory"
+    )
+    leave.add_argument("--offline", action="store_true", help="forget the fleet only here, without asking it")
     leave.add_argument("--yes", action="store_true", help="do not ask")
+    leave.add_argument("--reason", default="", help="for the fleet's audit log")
+    leave.add_argument("--prefix", metavar="DIR", help="where the installer put the agent")
     _state_dir(leave)
 
     for name, (_, text) in _PROCESSES.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    """A command of `shoal_agent.commands`, imported when it is asked for."""
+
+    def call(options: argparse.Namespace) -> int:
+        from shoal_agent import commands
+
+        command: Callable[[argparse.Namespace], int] = getattr(commands, name)
+        return command(options)
+
+    return call
+
+
+def _token_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--token-file", metavar="FILE", help="file with the join token, - for standard input")
 
 
 def _state_dir(parser: argparse.ArgumentParser) -> None:
@@ -139,34 +188,11 @@ def _say(text: str) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from shoal_agent import config, profile
+    from shoal_agent import config, profile, reporting
 
     chosen = config.resolve({"runtimes": options.runtimes}, os.environ).runtimes
     measured = profile.measure(chosen)
-    facts = {
-        "class": profile.class_of(measured),
-        "class_rule_version": profile.CLASS_RULE_VERSION,
-        "architecture": measured.architecture,
-        "cpu_model": measured.cpu_model,
-        "isa_features": list(measured.isa_features),
-        "cores": measured.cores,
-        "memory_bytes": measured.memory_bytes,
-        "accelerators": [
-            {"vendor": item.vendor, "kind": item.kind, "name": item.name, "driver": item.driver_version}
-            for item in measured.accelerators
-        ],
-        "runtimes": [
-            {"name": item.name, "version": item.version, "providers": list(item.providers)}
-            for item in measured.runtimes
-        ],
-        "os": measured.os,
-        "hardware_part": measured.hardware_part,
-        "emulated": measured.emulated,
-        "ports": _bound_ports(),
-        "agent_version": measured.agent_version,
-        "features": list(measured.features),
-        "python_version": measured.python_version,
-    }
+    facts = {**reporting.profile_json(measured), "ports": _bound_ports()}
     if options.json:
         _say(json.dumps(facts, indent=2))
         return OK
@@ -197,28 +223,15 @@ def _bound_ports() -> dict[str, Any]:
         return {}
 
 
-def _join(options: argparse.Namespace) -> int:
-    import asyncio
-
-    from shoal_agent import joining
-
-    config = _config(options)
-    token = joining.read_token(options.token_file, os.environ)
-    identity, profile_class = asyncio.run(joining.join(config, token, options.name))
-    _say(f"Joined the fleet '{identity.fleet}' as {identity.name or identity.device} ({identity.device}).")
-    _say(f"Profile class: {profile_class}")
-    if options.run:
-        return _run(options)
-    _say("Start it with: shoal-agent run")
-    return OK
-
-
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     import asyncio
 
     from shoal_agent import supervisor
 
-    asyncio.run(supervisor.supervise(_config(options)))
+    config = _config(options)
+    if getattr(options, "background", False):
+        os.chdir("/")  # the directory that it was started from must not be held
+    asyncio.run(supervisor.supervise(config, quiet=getattr(options, "background", False)))
     return OK
 
 
@@ -232,7 +245,7 @@ def _status(options: argparse.Namespace) -> int:
     _say(f"device      {status['name'] or status['device']} ({status['device']}) of fleet {status['fleet']}")
     _say(f"agent       {'process ' + str(status['pid']) if status['running'] else 'not running'}")
     if not status["running"]:
-        _say("            start it with: shoal-agent run")
+        _say("            start it with: shoal-agent service start")
         return FAILED
     where = f"connected to {status['controller']}" if status["connected"] else "not connected"
     _say(f"controller  {where}")
@@ -246,20 +259,4 @@ def _status(options: argparse.Namespace) -> int:
             f"endpoint    {item['endpoint']} ({item['role']}): {item['step']}, "
             f"serving {item['serving'][7:19] or 'nothing'} {item['reason']}".rstrip()
         )
-    return OK
-
-
-def _leave(options: argparse.Namespace) -> int:
-    from shoal_agent import joining
-
-    config = _config(options)
-    if not options.yes and sys.stdin.isatty():
-        answer = input(f"Forget the fleet and remove everything under {config.state_dir}? [y/N] ")
-        if answer.strip().lower() not in ("y", "yes"):
-            _say("Nothing was changed.")
-            return FAILED
-    elif not options.yes:
-        raise InvalidInput("Leaving removes this device's key.", "Say so with --yes.")
-    device = joining.leave(config)
-    _say(f"{device} has left. Remove it from the fleet's list with: shoal device remove {device}")
     return OK

@@ -31,3 +31,27 @@ def locked(paths: Paths) -> Iterator[None]:
         stream.write(str(os.getpid()))
         stream.flush()
         yield
+
+
+def holder(paths: Paths) -> int:
+    """Process id of the supervisor that runs on this state directory, 0 if none does.
+
+    Looks without taking the lock: a supervisor that starts in this moment must not be refused.
+    """
+    try:
+        pid = int(paths.lock.read_text())
+        target = os.stat(paths.lock)
+    except (OSError, ValueError):
+        return 0
+    try:
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except PermissionError:
+        return pid  # somebody else's process, under the number that the file names
+    except OSError:
+        return 0
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            found = os.stat(f"/proc/{pid}/fd/{descriptor}")
+            if (found.st_dev, found.st_ino) == (target.st_dev, target.st_ino):
+                return pid
+    return 0

@@ -1,21 +1,17 @@
-"""What the supervisor tells: the report to the controller, answers to requests, the status file. Pure
-but for reading files."""
+"""What the supervisor tells: the report to the controller, the status file. Pure."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shoal_agent import logs
-from shoal_agent.config import Config
+from shoal_agent.profile import CLASS_RULE_VERSION
+from shoal_agent.profile import class_of as profile_class
 from shoal_agent.update.machine import Step
 from shoal_protos import __version__
 from shoal_protos.v1 import agents_pb2, desired_pb2, profile_pb2
 
-MAX_ANSWER = 64 * 1024  # bytes
 STEP_NAMES: Mapping[int, str] = {
     agents_pb2.STEP_WAITING: Step.WAITING.value,
     agents_pb2.STEP_FETCH: Step.FETCH.value,
@@ -52,6 +48,9 @@ class Picture:
     server_up: bool
     crash_loop: str
     first_heartbeat_s: float | None
+    crash_logs: bytes = b""  # the last logs when the crash loop was noticed
+    class_reason: str = ""
+    clock_offset_ms: int | None = None  # ahead of the controller's; None = not heard yet
 
 
 def reported(picture: Picture) -> agents_pb2.Reported:
@@ -59,7 +58,7 @@ def reported(picture: Picture) -> agents_pb2.Reported:
     return agents_pb2.Reported(
         epoch=picture.epoch,
         generation=picture.generation,
-        placements=[_with_crash_loop(item, picture.crash_loop) for item in picture.placements],
+        placements=[_with_crash_loop(item, picture) for item in picture.placements],
         refusals=picture.refusals,
         requests=picture.answers,
         agent_version=__version__,
@@ -69,13 +68,14 @@ def reported(picture: Picture) -> agents_pb2.Reported:
     )
 
 
-def _with_crash_loop(status: agents_pb2.PlacementStatus, sentence: str) -> agents_pb2.PlacementStatus:
-    if not sentence:
+def _with_crash_loop(status: agents_pb2.PlacementStatus, picture: Picture) -> agents_pb2.PlacementStatus:
+    if not picture.crash_loop:
         return status
     copy = agents_pb2.PlacementStatus()
     copy.CopyFrom(status)
     copy.reason = copy.reason or "server: crash loop"
-    copy.detail = f"{copy.detail} {sentence}".strip()
+    copy.detail = f"{copy.detail} {picture.crash_loop}".strip()
+    copy.logs = copy.logs or picture.crash_logs
     return copy
 
 
@@ -86,6 +86,7 @@ def status(picture: Picture, pid: int, wall_ms: int) -> dict[str, Any]:
         "device": picture.device,
         "name": picture.name,
         "profile_class": picture.profile_class,
+        "class_reason": picture.class_reason,
         "version": __version__,
         "pid": pid,
         "written_ms": wall_ms,
@@ -104,6 +105,7 @@ def status(picture: Picture, pid: int, wall_ms: int) -> dict[str, Any]:
         "placements": [_placement(item) for item in picture.placements],
         "refusals": [item.reason for item in picture.refusals],
         "clock_wrong": picture.clock_wrong,
+        "clock_offset_ms": picture.clock_offset_ms,
         "crash_loop": picture.crash_loop,
         "first_heartbeat_s": picture.first_heartbeat_s,
     }
@@ -121,43 +123,30 @@ def _placement(item: agents_pb2.PlacementStatus) -> dict[str, Any]:
     }
 
 
-def answer(
-    request: desired_pb2.Request, config: Config, profile: profile_pb2.Profile, picture: Picture, wall_ms: int
-) -> agents_pb2.RequestResult:
-    """The answer to one request of the desired state."""
-    if request.kind == desired_pb2.REQUEST_KIND_LOGS:
-        body = logs.report(config.paths.logs, MAX_ANSWER)
-    elif request.kind == desired_pb2.REQUEST_KIND_DIAGNOSE:
-        body = _diagnosis(config, profile, picture, wall_ms)
-    else:
-        body = b"This agent does not know that kind of request; update it."
-    text = body.decode(errors="replace").encode()[-MAX_ANSWER:]
-    return agents_pb2.RequestResult(id=request.id, body=text.decode(errors="ignore").encode())
-
-
-def _diagnosis(config: Config, profile: profile_pb2.Profile, picture: Picture, wall_ms: int) -> bytes:
-    facts = status(picture, 0, wall_ms)
-    facts["profile"] = {
+def profile_json(profile: profile_pb2.Profile) -> dict[str, Any]:
+    """A profile for people and scripts: `shoal-agent profile --json` and the answer to a request."""
+    return {
+        "class": profile_class(profile),
+        "class_rule_version": CLASS_RULE_VERSION,
         "architecture": profile.architecture,
-        "cpu": profile.cpu_model,
-        "isa": list(profile.isa_features),
+        "cpu_model": profile.cpu_model,
+        "isa_features": list(profile.isa_features),
         "cores": profile.cores,
         "memory_bytes": profile.memory_bytes,
-        "runtimes": {item.name: item.version for item in profile.runtimes},
+        "accelerators": [
+            {"vendor": item.vendor, "kind": item.kind, "name": item.name, "driver": item.driver_version}
+            for item in profile.accelerators
+        ],
+        "runtimes": [
+            {"name": item.name, "version": item.version, "providers": list(item.providers)}
+            for item in profile.runtimes
+        ],
         "os": profile.os,
-        "python": profile.python_version,
-    }
-    facts["bundles"] = list(picture.bundles)
-    facts["files"] = sizes(config.paths.root)
-    return json.dumps(facts, indent=1).encode()
-
-
-def sizes(root: Path) -> dict[str, int]:
-    """Bytes under each room of the state directory."""
-    return {
-        room.name: sum(path.lstat().st_size for path in room.rglob("*") if path.is_file())
-        for room in sorted(root.iterdir())
-        if room.is_dir() and room.name != "identity"
+        "hardware_part": profile.hardware_part,
+        "emulated": profile.emulated,
+        "agent_version": profile.agent_version,
+        "features": list(profile.features),
+        "python_version": profile.python_version,
     }
 
 

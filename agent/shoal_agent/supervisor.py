@@ -18,7 +18,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from shoal_agent import features, logs, memory, profile, reporting, vault
+from shoal_agent import features, logs, memory, notify, profile, reporting, vault
 from shoal_agent.clock import Clock, SystemClock
 from shoal_agent.config import Config
 from shoal_agent.fs import Fs, RealFs
@@ -28,9 +28,11 @@ from shoal_agent.link.grpc import GrpcLink
 from shoal_agent.lock import locked
 from shoal_agent.processes import ProcessProber, ServerProcess
 from shoal_agent.reporting import Picture
+from shoal_agent.requests import Requests
 from shoal_agent.samples import SampleSender
 from shoal_agent.telemetry import system
 from shoal_agent.telemetry.spool import Spool
+from shoal_agent.transitions import Transitions
 from shoal_agent.trials import TrialRunner
 from shoal_agent.trust import PinnedTrust, Refused
 from shoal_agent.update.executor import Updates
@@ -63,7 +65,7 @@ class Supervisor:
         self._profile = profile.measure_cached(
             self._paths.profile_cache, config.runtimes, prefix=config.child_prefix
         )
-        self._class = profile.class_of(self._profile)
+        self._class, self._class_reason = profile.class_of(self._profile), ""
         self._boot_id = profile.boot_id()
         self._spool = Spool(
             self._paths.spool, fs=self._fs, clock=self._clock, max_bytes=config.spool_mb << 20
@@ -96,6 +98,7 @@ class Supervisor:
             on_bytes=lambda count: self._wire.update(bundle=count),
         )
         self._failure: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._transitions = Transitions(self._paths.transitions)
         self._updates = Updates(
             self._paths.state / "placements.json",
             trust=self._trust,
@@ -109,6 +112,7 @@ class Supervisor:
             fs=self._fs,
             failure_logs=lambda: logs.report(self._paths.logs),
             on_change=self._report_soon,
+            on_transition=self._note_transition,
             memory_available=system.memory_available,
             on_bug=self._bug,
         )
@@ -133,6 +137,7 @@ class Supervisor:
             clock=self._clock,
             max_bytes=config.samples_mb << 20,
         )
+        self._requests = Requests(config, measure=self._measure_again, on_answer=self._report_soon)
         self._system = system.SystemFacts(self._paths.root, lambda: self._server.pid)
         self._pulling = asyncio.Lock()
         self._incoming: asyncio.Queue[desired_pb2.Signed] = asyncio.Queue(8)
@@ -142,10 +147,11 @@ class Supervisor:
         self._news = asyncio.Event()  # something to report
         self._metrics_port = 0
         self._refusals: list[agents_pb2.Refusal] = []
-        self._answers: dict[str, agents_pb2.RequestResult] = {}
         self._heartbeats = 0
         self._first_heartbeat_s: float | None = None
         self._last_problem = ""
+        self._clock_offset_ms: int | None = None
+        self._crash_logs = b""  # of the crash loop that goes on
         self._name = self._identity.name
 
     # ------------------------------------------------------------------ life
@@ -168,6 +174,7 @@ class Supervisor:
             self._updates.start()
             self._adopt(self._trust.state)
             self._ready.set()
+            notify.tell(notify.READY)
             watched: list[asyncio.Future[Any]] = [*tasks, stopped, self._failure]
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -186,14 +193,16 @@ class Supervisor:
             self._renewals(),
             self._housekeeping(),
             self._metrics(),
+            self._watchdog(),
         ]
 
     async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:
         log.info("stopping")
+        notify.tell(notify.STOPPING)
         for task in tasks:
             task.cancel()
         # Together: what the server still carries out ends with the server.
-        await asyncio.gather(self._updates.stop(), *tasks, return_exceptions=True)
+        await asyncio.gather(self._updates.stop(), self._requests.stop(), *tasks, return_exceptions=True)
         if self._failure.done() and not self._failure.cancelled():
             self._failure.exception()
 
@@ -233,6 +242,7 @@ class Supervisor:
         self._last_problem = ""
         self._name = welcome.display_name or self._name
         self._class = welcome.profile_class or self._class
+        self._class_reason = welcome.class_reason
         self._heard_time(welcome.server_time_ms)
         self._report_soon()
 
@@ -246,6 +256,8 @@ class Supervisor:
     def _heard_time(self, server_time_ms: int) -> None:
         before = self._trust.clock_wrong
         self._trust.note_controller_time(server_time_ms)
+        if server_time_ms > 0:
+            self._clock_offset_ms = self._clock.wall_ms() - server_time_ms
         if self._trust.clock_wrong != before:
             log.warning("this device's clock is %s", "wrong" if self._trust.clock_wrong else "right again")
             self._report_soon()
@@ -298,7 +310,7 @@ class Supervisor:
         self._apply_settings(state.agent_settings)
         self._updates.apply(state)
         self._trials.apply(state)
-        self._answer(state)
+        self._requests.apply(state, self._trust.now_ms())
         self._report_soon()
 
     def _apply_settings(self, settings: desired_pb2.AgentSettings) -> None:
@@ -309,17 +321,17 @@ class Supervisor:
             reporting.grpc_addresses(settings.controllers, self._identity.agent_addresses)
         )
 
-    def _answer(self, state: desired_pb2.DesiredState) -> None:
-        now = self._trust.now_ms()
-        open_requests = {
-            item.id: item for item in state.requests if not item.not_after_ms or now <= item.not_after_ms
-        }
-        self._answers = {key: value for key, value in self._answers.items() if key in open_requests}
-        for key, request in open_requests.items():
-            if key not in self._answers:
-                self._answers[key] = reporting.answer(
-                    request, self._config, self._profile, self._picture(), self._clock.wall_ms()
-                )
+    async def _measure_again(self) -> profile_pb2.Profile:
+        """Measures anew and says hello with it, so that the controller derives the class again."""
+        self._paths.profile_cache.unlink(missing_ok=True)
+        self._profile = await asyncio.to_thread(
+            profile.measure_cached,
+            self._paths.profile_cache,
+            self._config.runtimes,
+            prefix=self._config.child_prefix,
+        )
+        self._link.greet_again()
+        return self._profile
 
     # ------------------------------------------------------------------ the server
 
@@ -329,7 +341,18 @@ class Supervisor:
 
     def _server_died(self) -> None:
         self._updates.server_died()
+        self._note_crash_loop()
         self._report_soon()
+
+    def _note_crash_loop(self) -> None:
+        """A crash loop brings the last logs, as they were when it was noticed."""
+        looping = bool(self._server.crash_loop)
+        if looping != bool(self._crash_logs):
+            self._crash_logs = logs.report(self._paths.logs) if looping else b""
+            self._report_soon()
+
+    def _note_transition(self, endpoint: str, before: str, after: str, reason: str) -> None:
+        self._transitions.add(self._clock.wall_ms(), endpoint, before, after, reason)
 
     def _ports(self) -> profile_pb2.Ports:
         ports = self._server.ports() if self._server.up else profile_pb2.Ports(host=self._config.host)
@@ -355,13 +378,16 @@ class Supervisor:
             generation=state.generation if state else 0,
             placements=tuple(self._updates.statuses()),
             refusals=tuple(self._refusals),
-            answers=tuple(self._answers.values()),
+            answers=self._requests.answers(),
             ports=self._ports(),
             bundles=tuple(self._store.bundles()),
             clock_wrong=self._trust.clock_wrong,
             server_up=self._server.up,
             crash_loop=self._server.crash_loop,
             first_heartbeat_s=self._first_heartbeat_s,
+            crash_logs=self._crash_logs,
+            class_reason=self._class_reason,
+            clock_offset_ms=self._clock_offset_ms,
         )
 
     async def _reports(self) -> None:
@@ -393,6 +419,7 @@ class Supervisor:
         while True:
             await self._clock.sleep(self._telemetry_s)
             await self._pull()
+            self._note_crash_loop()
             if self._server.up:
                 await self._samples.collect()
             memory.release()
@@ -446,6 +473,14 @@ class Supervisor:
         self._link.set_identity(self._identity)
         days = (self._identity.expires_ms - self._trust.now_ms()) / 86_400_000
         log.info("certificate renewed, valid for %.1f days", days)
+
+    async def _watchdog(self) -> None:
+        """Tells the service manager that the loop turns; one that hangs is started anew."""
+        pause = notify.watchdog_s() / 3
+        while pause:
+            notify.tell(notify.ALIVE)
+            await self._clock.sleep(pause)
+        await asyncio.Event().wait()
 
     async def _housekeeping(self) -> None:
         while True:
@@ -505,8 +540,8 @@ def _seconds_since_start() -> float:
         return time.process_time()
 
 
-async def supervise(config: Config) -> None:
-    """`shoal-agent run`.
+async def supervise(config: Config, *, quiet: bool = False) -> None:
+    """`shoal-agent run`. `quiet`: the log goes to its file only.
 
     Raises:
         Conflict: another agent runs on the same state directory.
@@ -515,6 +550,6 @@ async def supervise(config: Config) -> None:
     memory.restrict()
     config.paths.create()
     with locked(config.paths):
-        logs.set_up(config.paths.logs)
+        logs.set_up(config.paths.logs, quiet=quiet)
         (config.paths.runtime / "status.json").unlink(missing_ok=True)  # an earlier process's
         await Supervisor(config).run()

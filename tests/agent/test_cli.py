@@ -52,8 +52,8 @@ async def test_join_status_leave(tmp_path: Path, capsys: pytest.CaptureFixture[s
     async with FakeController() as controller:
         token_file = tmp_path / "token"
         token_file.write_text(encode(controller.token(uses=1)))
-        join = ("join", "--token-file", str(token_file), "--state-dir", state, "--runtimes", "onnxruntime")
-        assert await in_thread(*join, "--name", "bench") == 0
+        join = ("join", "--token-file", str(token_file), "--state-dir", state, "--service", "none")
+        assert await in_thread(*join, "--name", "bench", "--runtimes", "onnxruntime") == 0
         assert "bench (d-0001)" in capsys.readouterr().out
         assert await in_thread("status", "--state-dir", state, "--json") == 1
         assert json.loads(capsys.readouterr().out)["running"] is False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_agent import joining, keys, vault
+from shoal_agent import joining, keys, leaving, vault
 from shoal_agent.config import Config
 from shoal_agent.fs import RealFs
 from shoal_agent.identity import IdentityStore
@@ -44,7 +44,8 @@ def store(config: Config) -> IdentityStore:
 
 
 async def test_joining(controller: FakeController, config: Config) -> None:
-    identity, profile_class = await joining.join(config, controller.token(), "bench")
+    joined = await joining.join(config, controller.token(), "bench")
+    identity, profile_class = joined.identity, joined.profile_class
     assert (identity.fleet, identity.device, identity.name) == ("test", "d-0001", "bench")
     assert identity.agent_addresses == (controller.agents_address,)
     assert profile_class.endswith("+onnxruntime")
@@ -59,8 +60,8 @@ async def test_joining_twice_with_one_key_is_one_device_and_one_use(
     controller: FakeController, config: Config
 ) -> None:
     token = controller.token(uses=1)
-    first, _ = await joining.join(config, token, None)
-    again, _ = await joining.join(config, token, None)
+    first = (await joining.join(config, token, None)).identity
+    again = (await joining.join(config, token, None)).identity
     assert (first.device, first.key_pem) == (again.device, again.key_pem)
     assert controller.tokens["secret"].uses == 0
 
@@ -88,7 +89,7 @@ async def test_unreachable_addresses_are_named(controller: FakeController, confi
     for address in token.enrolment_addresses:
         assert f"{address}: connection refused" in str(error.value)
     token = controller.token(enrolment_addresses=("127.0.0.1:1", controller.enrolment_address))
-    assert (await joining.join(config, token, None))[0].device  # the next one answers
+    assert (await joining.join(config, token, None)).identity.device  # the next one answers
 
 
 async def test_a_stranger_at_the_address_is_not_given_the_secret(
@@ -106,8 +107,8 @@ async def test_a_device_of_another_fleet_must_leave_first(controller: FakeContro
     async with FakeController("other") as other:
         with pytest.raises(Conflict, match="leave"):
             await joining.join(config, other.token(), None)
-        assert joining.leave(config) == "d-0001"
-        assert (await joining.join(config, other.token(), None))[0].fleet == "other"
+        assert leaving.leave(config, offline=True).device == "d-0001"
+        assert (await joining.join(config, other.token(), None)).identity.fleet == "other"
 
 
 def test_what_never_joined(config: Config) -> None:
@@ -115,7 +116,7 @@ def test_what_never_joined(config: Config) -> None:
     with pytest.raises(NotFound, match="shoal token create --join"):
         store(config).load()
     with pytest.raises(NotFound):
-        joining.leave(config)
+        leaving.leave(config, offline=True)
 
 
 async def test_damaged_files_say_join_again(controller: FakeController, config: Config) -> None:
@@ -155,7 +156,7 @@ class KillingFs(RealFs):
 async def test_killed_at_any_moment_of_a_renewal_the_identity_is_whole(
     controller: FakeController, config: Config, tmp_path: Path
 ) -> None:
-    old, _ = await joining.join(config, controller.token(), None)
+    old = (await joining.join(config, controller.token(), None)).identity
     for at in range(30):
         directory = tmp_path / f"kill-{at}"
         shutil.copytree(config.paths.identity, directory)
@@ -174,7 +175,7 @@ async def test_killed_at_any_moment_of_a_renewal_the_identity_is_whole(
 
 
 async def test_revoked_device_is_not_renewed(controller: FakeController, config: Config) -> None:
-    identity, _ = await joining.join(config, controller.token(), None)
+    identity = (await joining.join(config, controller.token(), None)).identity
     controller.revoke(identity.device)
     with pytest.raises(Denied, match="revoked"):
         await vault.renew(config.paths.identity)
@@ -182,7 +183,7 @@ async def test_revoked_device_is_not_renewed(controller: FakeController, config:
 
 
 async def test_renewal_time_is_two_thirds_of_life(controller: FakeController, config: Config) -> None:
-    identity, _ = await joining.join(config, controller.token(), None)
+    identity = (await joining.join(config, controller.token(), None)).identity
     now = time.time() * 1000
     share = (identity.renew_at_ms - now) / (identity.expires_ms - now)
     assert share == pytest.approx(2 / 3, abs=0.01)
@@ -213,7 +214,7 @@ async def test_one_agent_a_directory(controller: FakeController, config: Config)
         with pytest.raises(Conflict, match="Another agent"):
             await joining.join(config, controller.token(), None)
         with pytest.raises(ShoalError):
-            joining.leave(config)
+            leaving.leave(config, offline=True)
         assert joining.status(config)["running"] is True
 
 

@@ -288,9 +288,10 @@ async def test_trials_requests_and_settings(
     timing, outputs = sorted(agent.device.items("trial"), key=lambda item: item.trial)
     assert timing.ok and timing.timing.candidate.p50_ms > 0 and timing.timing.incumbent.p50_ms > 0, timing
     assert outputs.ok and outputs.outputs_blob in agent.controller.blobs, outputs
+    await agent.until(lambda: len(agent.device.reports[-1].requests) == 2, "two answers")
     answers = {item.id: item.body.decode() for item in agent.device.reports[-1].requests}
     assert "==> supervisor.log" in answers["r1"]
-    assert json.loads(answers["r2"])["profile"]["cores"] >= 1
+    assert json.loads(answers["r2"])["facts"]["profile"]["cores"] >= 1
     await agent.kill()
     await agent.start()
     await agent.until(lambda: len(agent.device.hellos) == 2)

@@ -40,7 +40,9 @@ async def test_a_real_agent_joins_and_becomes_healthy(home: Path, tmp_path: Path
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['http']}/api/v1") as api:
         made = (await api.post("/tokens", json={"uses": 1})).json()
         (tmp_path / "token").write_text(made["token"])
-        joining = await run("join", "--token-file", str(tmp_path / "token"), *ports_flags, state=state)
+        joining = await run(
+            "join", "--service", "none", "--token-file", str(tmp_path / "token"), *ports_flags, state=state
+        )
         output = await finished(joining)
         assert joining.returncode == 0, output
         agent = await run("run", *ports_flags, state=state)

@@ -22,11 +22,11 @@ TIMEOUT_S = 15.0
 
 async def join(
     store: IdentityStore, token: JoinToken, profile: profile_pb2.Profile, name: str
-) -> tuple[Identity, str]:
+) -> tuple[Identity, enrolment_pb2.EnrollReply]:
     """Joins with the key that is there, so that joining twice is one device, or with a new one.
 
     Returns:
-        the stored identity and the profile class that the controller derived.
+        the stored identity and the controller's answer.
 
     Raises:
         as `enroll`; TamperedData: the answer is not for this key or this fleet.
@@ -40,7 +40,7 @@ async def join(
         raise TamperedData(f"The controller answered for the fleet '{reply.fleet}'.")
     identity = _identity(reply, key_pem, token.ca_der, token.enrolment_addresses, token.agent_addresses)
     store.save(identity)
-    return identity, reply.profile_class
+    return identity, reply
 
 
 async def renew_stored(store: IdentityStore) -> Identity:

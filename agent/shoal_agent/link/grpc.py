@@ -87,6 +87,11 @@ class GrpcLink:
         self._successor = identity
         self._succession.set()
 
+    def greet_again(self) -> None:
+        """Says hello anew: the profile has changed. Without a connection the next one does so anyway."""
+        if self.connected:
+            self.set_identity(self._identity)
+
     def report(self, reported: agents_pb2.Reported) -> None:
         self._reported = reported
         self._report_news.set()
@@ -231,7 +236,7 @@ class GrpcLink:
             try:
                 await asyncio.wait_for(channel.channel_ready(), WELCOME_TIMEOUT_S)
             except asyncio.TimeoutError:
-                log.warning("the renewed certificate was not accepted yet; keeping the open connection")
+                log.warning("a second connection was not accepted yet; keeping the open one")
                 await channel.close()
                 continue
             except BaseException:

@@ -79,6 +79,7 @@ class Updates:
         pull: pulls telemetry from the server now, which ends in `observe`.
         failure_logs: the last logs of supervisor, server and probe.
         on_change: told after every change of any state.
+        on_transition: told endpoint, step before ("" = just named), step after and reason.
         memory_available: bytes that a new instance may take.
         on_bug: told of an exception that no rule of the machine foresees.
     """
@@ -98,6 +99,7 @@ class Updates:
         fs: Fs,
         failure_logs: Callable[[], bytes] = bytes,
         on_change: Callable[[], None] = lambda: None,
+        on_transition: Callable[[str, str, str, str], None] = lambda *facts: None,
         memory_available: Callable[[], int] = lambda: 1 << 62,
         on_bug: Callable[[BaseException], None] = _log_bug,
     ) -> None:
@@ -105,6 +107,7 @@ class Updates:
         self._server, self._prober, self._profile, self._pull = server, prober, profile, pull
         self._clock, self._fs = clock, fs
         self._failure_logs, self._on_change = failure_logs, on_change
+        self._on_transition = on_transition
         self._memory_available = memory_available
         self._states: dict[Key, PlacementState] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
@@ -135,6 +138,8 @@ class Updates:
         self._states = {(state.endpoint, state.role): state for state in self._load()}
         resumed = {key: machine.step(state, machine.Started()) for key, state in self._states.items()}
         changed = resumed != self._states
+        for key, state in resumed.items():
+            self._tell_transition(self._states[key], state, "the agent restarted")
         self._states = resumed
         if changed:
             self._save()
@@ -250,6 +255,7 @@ class Updates:
             self._set(key, before)
             asyncio.get_running_loop().call_later(SAVE_RETRY_S, self._enter_later, key, before, state)
             return
+        self._tell_transition(before, state)
         if state.step is Step.GONE:
             self._baselines.pop(key, None)
             self._logs_path(key).unlink(missing_ok=True)
@@ -257,6 +263,11 @@ class Updates:
         self._on_change()
         if state.step in (Step.COMMIT, Step.GONE):
             self.collect()
+
+    def _tell_transition(self, before: PlacementState | None, state: PlacementState, why: str = "") -> None:
+        step = before.step.value if before is not None else ""
+        if step != state.step.value:
+            self._on_transition(state.endpoint, step, state.step.value, state.reason or state.detail or why)
 
     def _set(self, key: Key, state: PlacementState | None) -> None:
         if state is None:

@@ -104,7 +104,7 @@ def join(stage: Stage, name: str, runtimes: str, token: Path) -> dict[str, str]:
     (stage.root / "agents").mkdir(exist_ok=True)
     stage.run(
         f"{name} joins",
-        [*AGENT, "join", "--token-file", str(token), "--name", name],
+        [*AGENT, "join", "--service", "none", "--token-file", str(token), "--name", name],
         JOIN_S,
         settings,
     )
