@@ -386,10 +386,11 @@ def _finished(
 def _gray(values: Array, color: str) -> Array:
     """Pillow's own weights, so that an array and a file agree."""
     ordered = np.ascontiguousarray(values if color == "rgb" else values[..., ::-1])
-    values = np.asarray(_pillow().fromarray(ordered).convert("L"))
-    return values[..., None]
+    gray: Array = np.asarray(_pillow().fromarray(ordered).convert("L"))
+    return gray[..., None]
 
 
 def _levels(low: float, high: float) -> Array:
     scaled = low + np.arange(256) * (high - low) / 255.0
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    levels: Array = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return levels

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from shoal_agent.serving import describe, metrics
 from shoal_agent.serving.dataplane import DataPlane
 from shoal_agent.serving.errors import TooLarge
+from shoal_agent.serving.peers import Peer
 from shoal_agent.serving.requests import HEADER_LENGTH, Reply, error_reply, infer, json_reply
 from shoal_protos.errors import Denied, InvalidInput, NotFound, ShoalError, Unsupported
 from shoal_protos.v1.desired_pb2 import PlacementSettings
@@ -39,9 +40,14 @@ class Request:
     """A request with its body read."""
 
     def __init__(
-        self, parts: dict[str, str], headers: dict[bytes, bytes], query: dict[str, str], body: bytes
+        self,
+        parts: dict[str, str],
+        headers: dict[bytes, bytes],
+        query: dict[str, str],
+        body: bytes,
+        peer: Peer,
     ) -> None:
-        self.parts, self.headers, self.query, self.body = parts, headers, query, body
+        self.parts, self.headers, self.query, self.body, self.peer = parts, headers, query, body, peer
 
     def json(self) -> Any:
         if not self.body.strip():
@@ -74,7 +80,8 @@ class App:
             headers = dict(scope["headers"])
             body = await self._body(headers, receive)
             query = dict(urllib.parse.parse_qsl(scope["query_string"].decode("latin-1")))
-            reply = await handler(self, Request(parts, headers, query, body))
+            peer = scope.get("state", {}).get("peer") or Peer()
+            reply = await handler(self, Request(parts, headers, query, body, peer))
         except _Disconnected:
             return
         except TooLarge as error:
@@ -216,6 +223,7 @@ async def _infer(app: App, request: Request) -> Reply:
         request.headers.get(HEADER_LENGTH),
         request.body,
         reply,
+        request.peer,
     )
     return await future
 
@@ -236,6 +244,27 @@ async def _feedback(app: App, request: Request) -> Reply:
 async def _metrics(app: App, request: Request) -> Reply:
     text = metrics.render(app.plane, triton=request.query.get("names") == "triton")
     return Reply(200, ((b"content-type", metrics.CONTENT_TYPE),), [text])
+
+
+async def _regions(app: App, request: Request) -> Reply:
+    return _answer(app.plane.regions.status(urllib.parse.unquote(request.parts["region"])))
+
+
+async def _register(app: App, request: Request) -> Reply:
+    message = request.json()
+    if not isinstance(message, dict):
+        raise InvalidInput("The body is no object.")
+    key, offset, size = message.get("key"), message.get("offset", 0), message.get("byte_size")
+    if not isinstance(key, str) or type(offset) is not int or type(size) is not int:
+        raise InvalidInput("A region needs 'key' (a text), 'byte_size' and 'offset' (integers).")
+    name = urllib.parse.unquote(request.parts["region"])
+    app.plane.regions.register(name, key, offset, size, request.peer.user())
+    return json_reply(b"")
+
+
+async def _unregister(app: App, request: Request) -> Reply:
+    app.plane.regions.unregister(urllib.parse.unquote(request.parts["region"]), request.peer.user())
+    return json_reply(b"")
 
 
 # ---------------------------------------------------------------------------- the supervisor's calls
@@ -290,6 +319,7 @@ async def _samples(app: App, request: Request) -> Reply:
     return _answer(written)
 
 
+_SHARED = r"/v2/systemsharedmemory(?:/region/(?P<region>[^/]+))?"
 _MODEL = r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 
 
@@ -312,6 +342,9 @@ _ROUTES = _compiled(
         ("GET", _MODEL + "/stats", _stats, False),
         ("POST", _MODEL + "/feedback", _feedback, False),
         ("GET", _MODEL, _metadata, False),
+        ("GET", _SHARED + "/status", _regions, False),
+        ("POST", _SHARED + "/register", _register, False),
+        ("POST", _SHARED + "/unregister", _unregister, False),
         ("POST", "/v2/repository/index", _index, False),
         ("POST", "/v2/repository/models/(?P<model>[^/]+)/load", _load, True),
         ("POST", "/v2/repository/models/(?P<model>[^/]+)/unload", _unload, True),

@@ -27,6 +27,7 @@ from shoal_agent.serving.loading import ROLES, Loaded, Source, build
 from shoal_agent.serving.observer import Observer, is_empty
 from shoal_agent.serving.samples import Recorder
 from shoal_agent.serving.shadow import Shadow
+from shoal_agent.serving.shared_memory import Regions
 from shoal_agent.telemetry.sampling import Policy
 from shoal_protos.errors import InvalidInput, NotFound, ShoalError
 from shoal_protos.v1.desired_pb2 import PlacementSettings
@@ -68,6 +69,7 @@ class DataPlane:
     ) -> None:
         self.loop, self.executor = loop, executor
         self.feedback = Feedback()
+        self.regions = Regions()  # tensors of local applications in shared memory
         self._workers, self._max_queue, self._wait_s = workers, max_queue, wait_s
         self._monotonic = monotonic
         self._served: dict[str, Served] = {}

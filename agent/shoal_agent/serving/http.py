@@ -22,6 +22,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from shoal_agent.serving import peers
 from shoal_agent.serving.asgi import App
 from shoal_agent.serving.dataplane import DataPlane
 from shoal_agent.serving.requests import HEADER_LENGTH, Reply, infer
@@ -74,6 +75,12 @@ class InferProtocol(HttpToolsProtocol):
         self._chunks: list[bytes] | None = None  # body of a request on the fast path
         self._target: tuple[str, str] = ("", "")
         self._header_length: bytes | None = None
+        self._peer = peers.Peer()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._peer = peers.of_transport(transport)
+        self.app_state["peer"] = self._peer  # the same for requests that take ASGI's way
 
     def on_headers_complete(self) -> None:
         target = _targets.get(self.url) or _remember(self.url)
@@ -124,7 +131,7 @@ class InferProtocol(HttpToolsProtocol):
         def reply(value: Reply) -> None:
             self._write(value, cycle)  # type: ignore[arg-type]
 
-        infer(self._plane, name, version, self._header_length, body, reply)
+        infer(self._plane, name, version, self._header_length, body, reply, self._peer)
 
     def _write(self, reply: Reply, cycle: _FastCycle) -> None:
         transport = self.transport

@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from shoal_agent.runtimes.tensors import Array
 from shoal_agent.serving.batching import Outputs
 from shoal_agent.serving.dataplane import DataPlane
 from shoal_agent.serving.errors import RETRY_AFTER_S, as_shoal, http_body, http_status
+from shoal_agent.serving.peers import Peer
+from shoal_agent.serving.wire import Plan
 from shoal_protos.errors import InvalidInput, ShoalError, Unsupported
 
 log = logging.getLogger("shoal.serving")
@@ -47,6 +50,7 @@ def infer(
     header_length: bytes | None,
     body: bytes,
     reply: Callable[[Reply], None],
+    peer: Peer,
 ) -> None:
     """Answers one infer request; `reply` is called exactly once, now or later, in the event loop."""
     started = time.perf_counter_ns()
@@ -62,11 +66,24 @@ def infer(
         return
     plan, request_id = parsed.plan, parsed.request_id
     codec = loaded.codec
+    if plan.shared_inputs:
+        try:
+            _read_shared(plane, plan, parsed.inputs, peer)
+        except ShoalError as error:
+            loaded.observer.invalid()
+            reply(error_reply(error))
+            return
 
     def answer(outcome: Outputs | ShoalError) -> None:
         if isinstance(outcome, ShoalError):
             reply(error_reply(outcome))
             return
+        if plan.shared_outputs:
+            try:
+                _write_shared(plane, plan, outcome, peer)
+            except ShoalError as error:
+                reply(error_reply(error))
+                return
         size, pieces = codec.answer(plan, request_id, outcome)
         if size is None:
             reply(Reply(200, (JSON,), pieces))
@@ -77,6 +94,20 @@ def infer(
         plane.submit(loaded, parsed.inputs, plan.batch, request_id, started, answer)
     except Exception as error:  # a defect of ours; the client must not wait for ever
         reply(error_reply(error))
+
+
+def _read_shared(plane: DataPlane, plan: Plan, inputs: dict[str, Array], peer: Peer) -> None:
+    user = peer.user()
+    for part in plan.shared_inputs:
+        assert part.span is not None
+        inputs[part.spec.name] = plane.regions.read(part.span, part.dtype, part.shape, user)
+
+
+def _write_shared(plane: DataPlane, plan: Plan, outputs: Outputs, peer: Peer) -> None:
+    user = peer.user()
+    for wanted in plan.shared_outputs:
+        assert wanted.span is not None
+        plane.regions.write(wanted.span, outputs[wanted.name], user)
 
 
 def _length(value: bytes) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from shoal_agent.runtimes.tensors import Array, check_batch, check_shape, datatype_of, dtype_of, unknown_input
+from shoal_agent.serving.shared_memory import Span, described, span_of
 from shoal_protos.bundle import Signature, TensorSpec
 from shoal_protos.errors import InvalidInput, Unsupported
 
@@ -29,6 +30,7 @@ class WantedOutput:
     name: str
     binary: bool
     class_count: int = 0  # classification extension: the best classes instead of the tensor
+    span: Span | None = None  # where the tensor goes in shared memory, instead of the answer
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class _Part:
     spec: TensorSpec
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    offset: int  # in the binary part; -1 = the values are in the JSON
+    offset: int  # in the binary part; -1 = the values are in the JSON or in shared memory
     size: int  # bytes
+    span: Span | None = None  # in shared memory
 
 
 class Plan:
@@ -48,8 +51,10 @@ class Plan:
         self.outputs = outputs
         self.batch = batch
         self.binary_size = sum(part.size for part in parts if part.offset >= 0)
-        self.all_binary = all(part.offset >= 0 for part in parts)
-        self.binary_out = all(output.binary and not output.class_count for output in outputs)
+        self.cacheable = all(part.offset >= 0 or part.span for part in parts)
+        self.shared_inputs = [part for part in parts if part.span is not None]
+        self.shared_outputs = [output for output in outputs if output.span is not None]
+        self.binary_out = all(o.binary and not o.class_count and o.span is None for o in outputs)
         self.heads: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
 
 
@@ -79,7 +84,7 @@ class Codec:
 
         Raises:
             InvalidInput: names the field that does not fit.
-            Unsupported: shared memory, which this server does not offer.
+            Unsupported: a combination that this server does not offer.
         """
         if header_length is None:
             header_length = len(body)
@@ -101,13 +106,13 @@ class Codec:
         elif "id" in message:
             raise InvalidInput("The request has two ids.")
         plan, tensors = self._plan(message)
-        if plan.all_binary and len(rest) <= MAX_CACHED_HEADER and "id" not in message:
+        if plan.cacheable and len(rest) <= MAX_CACHED_HEADER and "id" not in message:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             self._plans[rest] = plan
         inputs = self._binary_inputs(plan, body, header_length)
         for part, tensor in zip(plan.parts, tensors, strict=True):
-            if part.offset < 0:
+            if part.offset < 0 and part.span is None:
                 inputs[part.spec.name] = _from_json(part, tensor["data"])
         return Parsed(request_id, plan, inputs)
 
@@ -140,8 +145,14 @@ class Codec:
         spec, dtype = self.check_tensor(name, _text(tensor.get("datatype", ""), "datatype"), shape)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         parameters = _parameters(tensor)
-        if "shared_memory_region" in parameters:
-            raise Unsupported("Shared memory is not offered here.", "Send the tensor in the request.")
+        span = span_of(parameters)
+        if span is not None:
+            if span.size != size:
+                raise InvalidInput(
+                    f"Input '{name}' has {span.size} bytes in shared memory, but {spec.datatype} {shape} is "
+                    f"{size} bytes."
+                )
+            return _Part(spec, dtype, tuple(shape), -1, size, span)
         declared = parameters.get("binary_data_size")
         if declared is None:
             if not isinstance(tensor.get("data"), list):
@@ -177,13 +188,14 @@ class Codec:
         result = []
         for item in wanted:
             own = _parameters(item)
-            if "shared_memory_region" in own:
-                raise Unsupported("Shared memory is not offered here.", "Take the tensor from the answer.")
+            span = span_of(own)
             count = own.get("classification", 0)
             if type(count) is not int or count < 0:
                 raise InvalidInput("'classification' is not a number of classes.")
+            if span is not None and count:
+                raise Unsupported("Classes do not go to shared memory.", "Take them from the answer.")
             name = self.check_output(_text(item.get("name", ""), "name"))
-            result.append(WantedOutput(name, bool(own.get("binary_data", by_default)), count))
+            result.append(WantedOutput(name, bool(own.get("binary_data", by_default)), count, span))
         return result
 
     def check_output(self, name: str) -> str:
@@ -213,6 +225,8 @@ class Codec:
     ) -> tuple[int | None, list[bytes]]:
         """(length of the JSON header, or None when all is JSON; the body in pieces)."""
         if not plan.binary_out:
+            if len(plan.shared_outputs) == len(plan.outputs):
+                return self._shared_answer(plan, request_id, outputs)
             return self._slow_answer(plan, request_id, outputs)
         arrays = [outputs[wanted.name] for wanted in plan.outputs]
         key = tuple(array.shape for array in arrays)
@@ -230,6 +244,20 @@ class Codec:
             start + b'"id":' + json.dumps(request_id).encode() + b"," + end if request_id else start + end
         )
         return len(json_part), [json_part, *(array.tobytes() for array in arrays)]
+
+    def _shared_answer(
+        self, plan: Plan, request_id: str, outputs: Mapping[str, Array]
+    ) -> tuple[int | None, list[bytes]]:
+        """The answer to a request whose outputs all went to shared memory."""
+        key = tuple(outputs[wanted.name].shape for wanted in plan.outputs)
+        head = plan.heads.get(key)
+        if head is None:
+            if len(plan.heads) >= MAX_PLANS:
+                plan.heads.clear()
+            listed = [_in_region(wanted, outputs[wanted.name]) for wanted in plan.outputs]
+            head = plan.heads[key] = self._head(listed)
+        middle = b'"id":' + json.dumps(request_id).encode() + b"," if request_id else b""
+        return None, [head[0] + middle + head[1]]
 
     def _head(self, listed: list[dict[str, Any]]) -> tuple[bytes, bytes]:
         start = json.dumps({"model_name": self.name, "model_version": self.version}, separators=(",", ":"))
@@ -256,6 +284,8 @@ class Codec:
                     binary.append(data)
                 else:
                     item["data"] = names.ravel().tolist()
+            elif wanted.span is not None:
+                item = _in_region(wanted, array)
             else:
                 item = _described(wanted.name, array, binary=wanted.binary)
                 if wanted.binary:
@@ -315,6 +345,13 @@ def _described(name: str, array: Array, *, binary: bool) -> dict[str, Any]:
     if binary:
         item["parameters"] = {"binary_data_size": array.nbytes}
     return item
+
+
+def _in_region(wanted: WantedOutput, array: Array) -> dict[str, Any]:
+    assert wanted.span is not None
+    item = _described(wanted.name, array, binary=False)
+    span = Span(wanted.span.region, wanted.span.offset, array.nbytes)
+    return {**item, "parameters": described(span)}
 
 
 def _load_json(data: bytes) -> dict[str, Any]:
