@@ -38,8 +38,9 @@ def class_reason(profile: profile_pb2.Profile, profile_class: str) -> str:
     return f"{profile_class}: {'; '.join(parts)}."
 
 
-def recent_windows(session: Session, device: str) -> list[dict[str, Any]]:
-    """The device's latest windows, oldest first, its endpoints together; temperatures where known."""
+def recent_windows(session: Session, device: str, *, emulated: bool = False) -> list[dict[str, Any]]:
+    """The device's latest windows, oldest first, its endpoints together; temperatures where known.
+    An emulated device's latencies are unmeasured."""
     rows = session.scalars(
         select(Window)
         .where(Window.device == device, Window.endpoint != "", Window.role == "primary")
@@ -58,8 +59,8 @@ def recent_windows(session: Session, device: str) -> list[dict[str, Any]]:
                 "time_ms": end_ms,
                 "requests": sum(m.requests for m in members),
                 "errors": sum(m.errors for m in members),
-                "p50_ms": windows.quantile_ms(latency, 0.5),
-                "p95_ms": windows.quantile_ms(latency, 0.95),
+                "p50_ms": None if emulated else windows.quantile_ms(latency, 0.5),
+                "p95_ms": None if emulated else windows.quantile_ms(latency, 0.95),
                 "temperature_celsius": temperatures.get(end_ms),
             }
         )

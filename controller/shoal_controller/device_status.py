@@ -126,7 +126,7 @@ def _degraded(facts: StatusFacts) -> str:
 def likely_causes(address: str) -> list[str]:
     """Why a device that joined was never heard, the likeliest first. `address` is the agents' door."""
     return [
-        "The agent does not run. On the device: systemctl status shoal-agent, or start it: shoal-agent run",
+        "The agent does not run. On the device: systemctl status shoal-agent",
         f"It cannot reach the controller at {address or 'its port 8443'}: a firewall, another network, or an "
         "address that changed. On the device: shoal-agent doctor",
         "Its clock is far off, so that certificates look invalid. On the device: timedatectl",

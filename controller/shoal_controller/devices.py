@@ -184,8 +184,9 @@ def _view(
         status_reason=reason,
         labels=device.labels,
         version=next((p.serves for p in placements if p.serves), ""),
-        p50_ms=figures.get("p50_ms"),
-        p95_ms=figures.get("p95_ms"),
+        # An emulator's times say nothing about the hardware: unmeasured.
+        p50_ms=None if profile.emulated else figures.get("p50_ms"),
+        p95_ms=None if profile.emulated else figures.get("p95_ms"),
         error_share=figures["errors"] / requests if requests else None,
         requests_per_s=requests / seconds if seconds else 0.0,
         temperature_celsius=_finite(device.system.get("temperature_celsius")),

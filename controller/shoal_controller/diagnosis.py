@@ -75,7 +75,8 @@ def read(text: str) -> Diagnosis | None:
 def _rows(value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(value, list):
         return []
-    return [item for item in value if isinstance(item, dict)][:MAX_ROWS]
+    found: list[Mapping[str, Any]] = [item for item in value if isinstance(item, dict)]
+    return found[:MAX_ROWS]
 
 
 def _check(item: Mapping[str, Any]) -> Check:

@@ -63,6 +63,10 @@ class Fleet:
     listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[dict[str, Any]]]] = field(
         default_factory=list
     )
+    tokens: list[s.Token] = field(default_factory=list)
+    requests: list[s.DeviceRequest] = field(default_factory=list)
+    wheels: list[s.WheelSet] = field(default_factory=list)
+    lan: bool = True  # the installer's door is open, so tokens come with a join line
     done: list[tuple[str, str, str]] = field(default_factory=list)  # what people did: object, verb, reason
 
     def change(self, kind: str, object: str = "") -> None:
@@ -115,7 +119,7 @@ def device(
         profile={"architecture": profile_class.split(".")[0], "cpu_model": "Intel Xeon (Ice Lake)", "isa_features": ["avx2", "avx512f", "avx512_vnni"], "cores": 2, "memory_bytes": 8 << 30,
                  "runtimes": [{"name": r, "version": "1.32.0", "providers": ["CPUExecutionProvider"]} for r in runtimes], "os": "linux 6.1.0 debian 12 glibc 2.36",
                  "ports": {"http": 8000, "grpc": 8001, "metrics": 8002, "host": "127.0.0.1"}, "agent_version": "0.1.0"},
-        class_reason="AVX-512 VNNI decides the int8 kernels; two cores; the runtimes that are installed." if full else "",
+        class_reason=f"{profile_class}: {profile_class.split('.')[0]} with {profile_class.split('+')[0].split('.')[2].rstrip('c') if profile_class.count('.') > 1 else 6} usable cores; instructions {profile_class.split('+')[0].split('.')[1]}; runtimes {', '.join(f'{r} 1.32.0' for r in runtimes)}.",
         system={"cpu_share": 0.31, "memory_used_bytes": 2_310_000_000, "agent_rss_bytes": 41_000_000, "server_rss_bytes": 166_000_000, "disk_free_bytes": 21_000_000_000, "throttled": False},
         generation=7, reported_generation=6 if status == "updating" else 7, windows=windows,
         events=[event(12, 4 * MINUTE, "device:d00000", "switched", "device", f"d{index:05d}", reason="rollout r-0002, wave 2"),
@@ -415,6 +419,12 @@ def huge(count: int = 10_000) -> Fleet:
 # ------------------------------------------------------------------ an API over a fleet
 
 
+def marks(device: s.Device) -> set[str]:
+    found = {"quarantined": device.quarantined, "pinned": bool(device.pins), "emulated": device.emulated,
+             "fallback": any(p.fallback for p in device.placements)}  # fmt: skip
+    return {word for word, so in found.items() if so}
+
+
 def _filtered(fleet: Fleet, text: str) -> list[s.DeviceDetail]:
     found = fleet.devices
     for term in text.split():
@@ -424,6 +434,10 @@ def _filtered(fleet: Fleet, text: str) -> list[s.DeviceDetail]:
             found = [d for d in found if d.status == value]
         elif colon and name == "class":
             found = [d for d in found if d.profile_class == value]
+        elif colon and name == "endpoint":
+            found = [d for d in found if value in [p.endpoint for p in d.placements]]
+        elif colon and name == "is":
+            found = [d for d in found if value in marks(d)]
         elif colon:
             raise InvalidInput(
                 f"There is no field '{name}' (at character 1).", "Fields: status, class, name."
@@ -588,18 +602,8 @@ def _actions(router: APIRouter, fleet: Fleet) -> None:
         fleet.done.append((id, "cancel", ""))
         return job
 
-    @router.post("/tokens")
-    def token(body: s.TokenCreate) -> s.TokenCreated:
-        return s.TokenCreated(
-            id="tk-1",
-            uses=body.uses,
-            uses_left=body.uses,
-            created_ms=NOW,
-            expires_ms=NOW + body.ttl_s * 1000,
-            revoked=False,
-            labels={},
-            token="shj_" + "a1b2c3d4" * 24,
-        )
+    _joining(router, fleet)
+    _devices(router, fleet)
 
     @router.get("/stream", response_class=EventSourceResponse)
     async def stream() -> AsyncIterator[ServerSentEvent]:
@@ -612,3 +616,145 @@ def _actions(router: APIRouter, fleet: Fleet) -> None:
                 yield ServerSentEvent(raw_data=json.dumps(await queue.get()), event="change")
         finally:
             fleet.listeners.remove(listener)
+
+
+JOIN_LINE = ("f=$(mktemp) && curl -fsS http://192.168.1.20:8441/installer/" + "5e1f" * 16 + " -o $f && echo \"" + "5e1f" * 16
+             + "  $f\" | sha256sum -c --quiet && SHOAL_JOIN_TOKEN=shj_" + "a1b2c3d4" * 80 + " python3 $f http://192.168.1.20:8441")  # fmt: skip
+
+
+def _joining(router: APIRouter, fleet: Fleet) -> None:
+    @router.get("/tokens")
+    def tokens() -> list[s.Token]:
+        return fleet.tokens
+
+    @router.post("/tokens")
+    def token(body: s.TokenCreate) -> s.TokenCreated:
+        now = int(time.time() * 1000)
+        made = s.Token(id=f"j-{len(fleet.tokens) + 1:04d}", uses=body.uses, uses_left=body.uses, created_ms=now,
+                       expires_ms=now + body.ttl_s * 1000, revoked=False, labels={})  # fmt: skip
+        fleet.tokens.insert(0, made)
+        note = (
+            "" if fleet.lan else "the installer's door is closed. Start the controller with: shoal up --lan"
+        )
+        return s.TokenCreated(**made.model_dump(), token="shj_" + "a1b2c3d4" * 80, note=note,
+                              join_line=JOIN_LINE if fleet.lan else "", installer_sha256="5e1f" * 16 if fleet.lan else "")  # fmt: skip
+
+    @router.delete("/tokens/{id}")
+    def revoke(id: str) -> s.Token:
+        found: s.Token = _one(fleet.tokens, id, "token")
+        found.revoked = True
+        fleet.done.append((id, "revoke", ""))
+        return found
+
+    @router.get("/wheels")
+    def wheels() -> list[s.WheelSet]:
+        return fleet.wheels
+
+
+def _devices(router: APIRouter, fleet: Fleet) -> None:
+    @router.get("/devices/{id}/requests")
+    def requests(id: str) -> list[s.DeviceRequest]:
+        device: s.DeviceDetail = _one(fleet.devices, id, "device")
+        return [r for r in reversed(fleet.requests) if r.device == device.id]
+
+    @router.post("/devices/{id}/requests", status_code=202)
+    def ask(id: str, body: s.DeviceRequestCreate) -> s.DeviceRequest:
+        device: s.DeviceDetail = _one(fleet.devices, id, "device")
+        fleet.done.append((device.id, f"ask {body.kind}", ""))
+        return asked(fleet, device.id, body.kind, "open")
+
+    @router.patch("/devices/{id}")
+    def patch(id: str, body: s.DevicePatch) -> s.Device:
+        device: s.DeviceDetail = _one(fleet.devices, id, "device")
+        given = body.model_dump(exclude_unset=True)
+        reason = given.pop("reason", "")
+        fleet.done.append((device.id, json.dumps(given, sort_keys=True), reason))
+        labels = device.labels | (given.pop("labels", None) or {})
+        for key, value in {**given, "labels": {k: v for k, v in labels.items() if v}}.items():
+            setattr(device, key, value)
+        fleet.change("device", device.id)
+        return s.Device(**{k: getattr(device, k) for k in s.Device.model_fields})
+
+    @router.delete("/devices/{id}")
+    def remove(id: str, reason: str = "") -> s.Device:
+        device: s.DeviceDetail = _one(fleet.devices, id, "device")
+        device.status = "revoked"
+        fleet.done.append((device.id, "remove", reason))
+        return s.Device(**{k: getattr(device, k) for k in s.Device.model_fields})
+
+
+def asked(
+    fleet: Fleet, device: str, kind: str, state: str, body: str = "", ago_ms: int = 4000
+) -> s.DeviceRequest:
+    found = s.DeviceRequest(id=f"q-{len(fleet.requests) + 1:04d}", device=device, kind=kind, state=state, body=body,
+                            created_ms=NOW - ago_ms - 2000, answered_ms=NOW - ago_ms if state == "answered" else 0)  # fmt: skip
+    fleet.requests.append(found)
+    return found
+
+
+DIAGNOSIS = json.dumps({
+    "checks": [
+        {"name": "clock", "state": "ok", "found": "0.2 s from the controller's", "remedy": ""},
+        {"name": "controller", "state": "ok", "found": "192.168.1.20:8443 answers in 4 ms", "remedy": ""},
+        {"name": "disk", "state": "failed", "found": "210 MB free of 14.2 GB", "remedy": "Free at least 500 MB: sudo apt-get clean, or a larger card."},
+        {"name": "runtime", "state": "ok", "found": "onnxruntime 1.32.0", "remedy": ""},
+        {"name": "temperature", "state": "warning", "found": "78 °C, throttled twice today", "remedy": "Give the board a heat sink or shade."},
+        {"name": "proxy", "state": "unmeasured", "found": "none is set", "remedy": ""},
+    ],
+    "facts": {"glibc": "2.36", "python": "3.13.1", "uptime_s": 86000, "network": {"wlan0": "192.168.1.57", "signal": "-67 dBm"}},
+    "transitions": [
+        {"time_ms": NOW - 240_000, "endpoint": "digits", "from": "probe", "to": "rolled_back", "reason": "p95 3.9 ms, at most 2.5 ms here"},
+        {"time_ms": NOW - 244_000, "endpoint": "digits", "from": "verify", "to": "probe", "reason": ""},
+        {"time_ms": NOW - 250_000, "endpoint": "digits", "from": "fetch", "to": "verify", "reason": ""},
+    ],
+})  # fmt: skip
+CAUSES = ["The agent does not run. On the device: systemctl status shoal-agent",
+          "It cannot reach the controller at 192.168.1.20:8443: a firewall, another network, or an address that changed. On the device: shoal-agent doctor",
+          "Its clock is far off, so that certificates look invalid. On the device: timedatectl"]  # fmt: skip
+
+
+def troubled() -> Fleet:
+    """One device for every way of not being plainly well; each is named after its state."""
+    fleet = small()
+    dice = random.Random(3)
+    start = len(fleet.devices)
+
+    def add(name: str, profile_class: str, status: str, **changes: Any) -> s.DeviceDetail:
+        base = device(start + len(fleet.devices), name, profile_class, status, dice)
+        found = base.model_copy(update=changes)
+        found.labels = {"site": "lab", "room": "kitchen"}
+        fleet.devices.append(found)
+        return found
+
+    well = add("well", BOTH, "healthy", connected=True, expected_ms=NOW + 12_000)
+    for i, window in enumerate(well.windows):
+        window["temperature_celsius"] = 47 + 3 * math.sin(i / 9)
+    well.drift = [s.Drift(endpoint="digits", score=0.42, psi=0.05, statistic="brightness", n=240, end_ms=NOW)]
+    add("never", PI5, "offline", status_reason="it has joined but never connected", last_seen_ms=0, joined_ms=NOW - 180_000,
+        version="", p95_ms=None, temperature_celsius=None, placements=[], windows=[], system={}, causes=CAUSES,
+        generation=1, reported_generation=0, desired_ms=NOW - 180_000, next_step="On the device: shoal-agent doctor",
+        events=[event(3, 180_000, "device:never", "joined", "device", "never")])  # fmt: skip
+    add("away", PI4, "offline", next_step="Check its power and network; it serves on meanwhile.")
+    failing = add("failing", ORT, "degraded", connected=True, status_reason="digits: rolled back, probe: latency over the envelope",
+                  next_step="Its logs are below. It serves on with what it had; a newer variant or a rollout tries again.")  # fmt: skip
+    failing.placements[0].variant = "plain-fp32-onnxruntime"
+    asked(fleet, failing.id, "diagnose", "answered", DIAGNOSIS)
+    asked(fleet, failing.id, "logs", "open")
+    lent = add("lent", PI5, "healthy", connected=True)
+    lent.placements[0].fallback = True
+    lent.placements[0].variant = "plain-fp32-onnxruntime"
+    add("qemu", PI5, "healthy", connected=True, emulated=True, p95_ms=None,
+        class_reason=f"{PI5}: aarch64 with 4 usable cores; instructions dotprod; runtimes onnxruntime 1.23.2; emulated, so its times say nothing about real hardware.")  # fmt: skip
+    add("quiet", ORT, "healthy", connected=True, quarantined=True)
+    pinned = add("kept", ORT, "healthy", connected=True, pins={"digits": fleet.variants[0].id})
+    pinned.placements[0].pinned = True
+    behind = add("behind", BOTH, "updating", connected=True, desired_ms=NOW - 190_000)
+    behind.placements[0].current = False
+    fleet.tokens = [s.Token(id="j-0001", uses=10, uses_left=7, created_ms=NOW, expires_ms=int(time.time() * 1000) + 3_600_000, revoked=False, labels={"site": "lab"}),
+                    s.Token(id="j-0000", uses=1, uses_left=0, created_ms=NOW, expires_ms=NOW, revoked=False, labels={})]  # fmt: skip
+    fleet.wheels = [s.WheelSet(platform="aarch64", python="3.13", extras=["agent", "onnxruntime"], files=21, size=61_000_000, glibc="2.28", added_ms=NOW)]  # fmt: skip
+    return fleet
+
+
+def named(fleet: Fleet, name: str) -> s.DeviceDetail:
+    return next(d for d in fleet.devices if d.name == name)

@@ -116,10 +116,13 @@ def test_fleet_says_first_what_matters(small: Small) -> None:
 def test_empty_fleet_shows_how_to_join() -> None:
     from tests.web.conftest import application
 
-    found = page(Client(application(fleets.empty())), "/")
+    client = Client(application(fleets.empty()))
+    found = page(client, "/")
     assert "No devices yet" in found.text("h2")
-    assert "shoal-agent join" in found.text("code")
     assert "/join" in found.links
+    assert [e for e in found.all("form") if e.attributes.get("action") == "/"]
+    made = client.post("/", data={"uses": "1", "hours": "1"})
+    assert fleets.JOIN_LINE.split("$(")[0] in made.text and "listening" in made.text
 
 
 def test_huge_fleet_is_a_window(any_fleet: AnyFleet) -> None:

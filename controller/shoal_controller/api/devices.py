@@ -225,7 +225,7 @@ def get_device(key: str, services: ServicesDep) -> schemas.DeviceDetail:
             desired_ms=view.desired_ms,
             connected=view.judged.connected,
             expected_ms=view.last_seen_ms + heartbeat_ms if view.judged.connected else 0,
-            windows=device_detail.recent_windows(session, row.id),
+            windows=device_detail.recent_windows(session, row.id, emulated=view.profile.emulated),
             drift=device_detail.drift(session, services.blobs, view, services.clock()),
             events=[event_view(e) for e in list_events(session, kind="device", object=row.id, limit=50)],
             logs=logs,

@@ -1,6 +1,7 @@
 """One server-sent stream of what changed; pages and commands read again what interests them.
 
-Messages, at most one of each kind every two seconds (the first after a quiet time goes out at once):
+Messages, at most one of each kind every two seconds (the first after a quiet time goes out at once, and
+so do joins and answers, which people wait for):
 
 - `change` `{"kinds": ["rollout", ...], "objects": {"rollout": ["r-0001"]}, "last": EVENT ID, "time_ms"}`:
   objects of these kinds changed;
@@ -27,6 +28,8 @@ from shoal_protos.errors import Overloaded
 router = APIRouter(tags=["events"])
 
 PERIOD_SECONDS = 2.0
+URGENT_SECONDS = 0.25  # the shortest time between two messages, for what people wait for
+URGENT_VERBS = frozenset({"joined", "answered"})
 QUEUE = 8  # messages that wait for one client
 KEEP_ALIVE_SECONDS = 15.0
 MAX_OBJECTS = 200  # ids of one kind in a message; above it the list is left out
@@ -61,6 +64,7 @@ class Hub:
         self._last = 0
         self._windows = 0
         self._news = asyncio.Event()
+        self._urgent = asyncio.Event()
 
     @property
     def clients(self) -> int:
@@ -93,19 +97,20 @@ class Hub:
         for event in events:
             self._objects.setdefault(event.kind, set()).add(event.object)
             self._last = event.id
+            if event.verb in URGENT_VERBS:
+                self._urgent.set()
         self._news.set()
 
     async def _work(self) -> None:
         while True:
-            try:
-                async with asyncio.timeout(PERIOD_SECONDS):
-                    await self._news.wait()
-            except TimeoutError:
-                pass
+            quiet = not await _happens(self._news, PERIOD_SECONDS)
             self._news.clear()
+            self._urgent.clear()
             self._send_changes()
             self._send_tick()
-            await asyncio.sleep(PERIOD_SECONDS)
+            if not quiet:  # otherwise the next message is the first after a quiet time
+                await asyncio.sleep(URGENT_SECONDS)
+                await _happens(self._urgent, PERIOD_SECONDS - URGENT_SECONDS)
 
     def _send_changes(self) -> None:
         objects, self._objects = self._objects, {}
@@ -162,6 +167,15 @@ class Hub:
             return getting.result() if getting.done() else ": alive\n\n"
         finally:
             getting.cancel()
+
+
+async def _happens(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _message(name: str, data: dict[str, Any]) -> str:

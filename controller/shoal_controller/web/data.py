@@ -92,6 +92,18 @@ class Data:
         answer: s.DeviceDetail = await self._get(s.DeviceDetail, f"/devices/{id}")
         return answer
 
+    async def requests(self, device: str) -> list[s.DeviceRequest]:
+        answer: list[s.DeviceRequest] = await self._get(list[s.DeviceRequest], f"/devices/{device}/requests")
+        return answer
+
+    async def tokens(self) -> list[s.Token]:
+        answer: list[s.Token] = await self._get(list[s.Token], "/tokens")
+        return answer
+
+    async def wheels(self) -> list[s.WheelSet]:
+        answer: list[s.WheelSet] = await self._get(list[s.WheelSet], "/wheels")
+        return answer
+
     async def classes(self) -> list[s.ClassSummary]:
         answer: list[s.ClassSummary] = await self._get(list[s.ClassSummary], "/classes")
         return answer
@@ -167,3 +179,17 @@ class Data:
             s.TokenCreated, "POST", "/tokens", json={"uses": uses, "ttl_s": ttl_s}
         )
         return answer
+
+    async def revoke_token(self, token: str) -> None:
+        await self._call(Any, "DELETE", f"/tokens/{token}")
+
+    async def ask(self, device: str, kind: str) -> None:
+        """`kind` is logs, diagnose or profile."""
+        await self._call(Any, "POST", f"/devices/{device}/requests", json={"kind": kind})
+
+    async def change(self, device: str, **changes: Any) -> None:
+        """`changes` are fields of `DevicePatch`."""
+        await self._call(Any, "PATCH", f"/devices/{device}", json=changes)
+
+    async def remove(self, device: str, reason: str) -> None:
+        await self._call(Any, "DELETE", f"/devices/{device}", params={"reason": reason})

@@ -2,139 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import time
-from collections.abc import Awaitable, Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
-import jinja2
-from fastapi import APIRouter, FastAPI, Form, Request, Response
-from fastapi.responses import HTMLResponse, RedirectResponse
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI, Form, Request, Response
+from fastapi.responses import RedirectResponse
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from shoal_controller.web import device, join, plots, view
 from shoal_controller.web import models as model_page
-from shoal_controller.web import plots, view
-from shoal_controller.web.data import Data
-from shoal_protos.errors import Conflict, Denied, InvalidInput, NotFound, ShoalError, Unavailable
+from shoal_controller.web.page import HERE, STATIC, data, error_page, new_router, render, together
+from shoal_protos.errors import InvalidInput, NotFound
 
-HERE = Path(__file__).parent
-__version__ = metadata.version("shoal")
+__all__ = ["HERE", "STATIC", "mount", "router"]
+
 WINDOW = 36  # rows of the device table
-HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; base-uri 'none'; object-src 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
-    "Vary": "HX-Request",
+MARKS = {
+    "fallback": "another class's variant until a search finds their own",
+    "pinned": "one variant that rollouts leave alone",
+    "quarantined": "what they have, outside rollouts and verdicts",
 }
-_STATUS = {NotFound: 404, InvalidInput: 400, Conflict: 409, Denied: 403, Unavailable: 503}
 
-
-def _static_version() -> str:
-    """Part of every static address: the release and what the files hold, so caches may keep them."""
-    digest = hashlib.sha256()
-    for path in sorted((HERE / "static").rglob("*")):
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return f"{__version__}-{digest.hexdigest()[:8]}"
-
-
-STATIC = f"/static/{_static_version()}"
-
-_templates = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(HERE / "templates"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_templates.filters.update(view.FILTERS)
-_templates.globals.update(
-    static=STATIC, shoal_version=__version__, plots=plots, view=view, statuses=view.STATUSES
-)
-
-
-class Page(APIRoute):
-    """A route whose refusals are pages for people."""
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        handle = super().get_route_handler()
-
-        async def guarded(request: Request) -> Response:
-            try:
-                if request.method == "POST":
-                    _same_origin(request)
-                return await handle(request)
-            except ShoalError as error:
-                status = next((v for k, v in _STATUS.items() if isinstance(error, k)), 500)
-                return await error_page(request, status, error.message, error.remedy)
-            except HTTPException as error:
-                return await error_page(request, error.status_code, str(error.detail), "")
-
-        return guarded
-
-
-def _same_origin(request: Request) -> None:
-    """Forms act only from our own pages: another site's form carries another origin.
-
-    Raises:
-        Denied: the request comes from elsewhere.
-    """
-    origin = request.headers.get("origin")
-    foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
-    if foreign or request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise Denied("This form came from another site.", "Open the page here and try again.")
-
-
-router = APIRouter(route_class=Page, include_in_schema=False, default_response_class=HTMLResponse)
-
-
-def data(request: Request) -> Data:
-    """The API as the person behind this request sees it."""
-    kept = ("authorization", "cookie")
-    return Data(request.app, {k: v for k, v in request.headers.items() if k in kept})
-
-
-async def render(
-    request: Request, template: str, page: str, status_code: int = 200, **context: Any
-) -> HTMLResponse:
-    """The whole page, or only its content where htmx asks for a refresh."""
-    partial = request.headers.get("hx-request-type") == "partial"
-    query = f"?{request.url.query}" if request.url.query else ""
-    if "status" not in context:
-        context["status"] = await _status_or_none(request)
-    html = _templates.get_template(template).render(
-        layout="_fragment.html" if partial else "base.html",
-        page=page,
-        url=f"{request.url.path}{query}",
-        now=int(time.time() * 1000),
-        **context,
-    )
-    return HTMLResponse(html, status_code, headers=HEADERS)
-
-
-async def _status_or_none(request: Request) -> Any:
-    try:
-        return await data(request).status()
-    except ShoalError:
-        return None
-
-
-async def error_page(request: Request, code: int, message: str, remedy: str) -> HTMLResponse:
-    return await render(request, "error.html", "", code, code=code, message=message, remedy=remedy)
-
-
-async def _together(*calls: Awaitable[Any]) -> list[Any]:
-    return list(await asyncio.gather(*calls))
+router = new_router()
 
 
 # ------------------------------------------------------------------ fleet
@@ -142,8 +33,22 @@ async def _together(*calls: Awaitable[Any]) -> list[Any]:
 
 @router.get("/")
 async def fleet(request: Request, filter: str = "", sort: str = "name", offset: int = 0) -> Response:
+    return await _fleet(request, filter, sort, offset)
+
+
+@router.post("/")
+async def first_token(
+    request: Request, uses: Annotated[int, Form()] = 1, hours: Annotated[float, Form()] = 1.0
+) -> Response:
+    """The join line on the empty fleet's own page, where the first device will pop in."""
+    return await _fleet(request, token=await join.new_token(data(request), uses, hours))
+
+
+async def _fleet(
+    request: Request, filter: str = "", sort: str = "name", offset: int = 0, token: Any = None
+) -> Response:
     api = data(request)
-    status, running, findings = await _together(api.status(), api.rollouts(), api.findings("open,acting"))
+    status, running, findings = await together(api.status(), api.rollouts(), api.findings("open,acting"))
     problem, found = "", None
     try:
         found = await api.devices(filter, sort, max(0, offset), WINDOW)
@@ -158,18 +63,13 @@ async def fleet(request: Request, filter: str = "", sort: str = "name", offset: 
     return await render(
         request, "fleet.html", "fleet", status=status, found=found, problem=problem, filter=filter, sort=sort,
         offset=max(0, offset), window=WINDOW, link=link, findings=findings[:4],
-        running=[r for r in running if r.state in ("running", "paused", "stopping")],
+        running=[r for r in running if r.state in ("running", "paused", "stopping")], token=token,
     )  # fmt: skip
 
 
 @router.get("/devices")
 async def devices() -> Response:
     return RedirectResponse("/", 307)
-
-
-@router.get("/devices/{id}")
-async def device(request: Request, id: str) -> Response:
-    return await render(request, "device.html", "fleet", device=await data(request).device(id))
 
 
 # ------------------------------------------------------------------ models and optimizations
@@ -185,7 +85,7 @@ async def model(request: Request, name: str, version: int | None = None) -> Resp
     api = data(request)
     found = await api.model(name)
     chosen = model_page.choose_version(found, version)
-    variants, endpoints = await _together(
+    variants, endpoints = await together(
         api.variants(found.name, chosen.number if chosen else None), api.endpoints()
     )
     context = model_page.context(
@@ -228,14 +128,17 @@ async def endpoints(request: Request) -> Response:
 async def endpoint(request: Request, name: str) -> Response:
     api = data(request)
     found = await api.endpoint(name)
-    variants, rollouts, findings = await _together(
-        api.variants(found.model), api.rollouts(), api.findings("open,acting")
-    )
+    variants, rollouts, findings, *special = await together(
+        api.variants(found.model), api.rollouts(), api.findings("open,acting"),
+        *(api.devices(f"is:{mark} endpoint:{found.name}", "name", 0, 3) for mark in MARKS),
+    )  # fmt: skip
     return await render(
         request, "endpoint.html", "endpoints", endpoint=found,
         split=model_page.version_split(variants), chosen=model_page.chosen_rows(found, variants),
         rollouts=[r for r in rollouts if r.endpoint == found.name][:8],
         findings=[f for f in findings if f.endpoint in (found.name, found.id)],
+        marks=MARKS,
+        special={mark: found for mark, found in zip(MARKS, special, strict=True) if found.total},
     )  # fmt: skip
 
 
@@ -292,7 +195,7 @@ async def dismiss(request: Request, id: str, reason: Annotated[str, Form()] = ""
 @router.get("/story")
 async def story(request: Request, endpoint: str = "") -> Response:
     api = data(request)
-    items, endpoints = await _together(api.story(endpoint), api.endpoints())
+    items, endpoints = await together(api.story(endpoint), api.endpoints())
     items.sort(key=lambda item: item.time_ms, reverse=True)
     return await render(request, "story.html", "story", items=items, endpoints=endpoints, endpoint=endpoint)
 
@@ -302,26 +205,6 @@ async def audit(request: Request, kind: str = "", object: str = "") -> Response:
     events = await data(request).events(kind, object, 150)
     events.sort(key=lambda event: event.id, reverse=True)
     return await render(request, "audit.html", "audit", events=events, kind=kind, object=object)
-
-
-# ------------------------------------------------------------------ join
-
-
-@router.get("/join")
-async def join(request: Request) -> Response:
-    return await _join_page(request, None)
-
-
-@router.post("/join")
-async def join_token(
-    request: Request, uses: Annotated[int, Form()] = 1, hours: Annotated[float, Form()] = 1.0
-) -> Response:
-    return await _join_page(request, await data(request).create_token(uses, int(hours * 3600)))
-
-
-async def _join_page(request: Request, token: Any) -> Response:
-    newest = await data(request).devices("", "-joined_ms", 0, 8)
-    return await render(request, "join.html", "join", token=token, newest=newest)
 
 
 # ------------------------------------------------------------------ mounting
@@ -344,7 +227,8 @@ def mount(app: FastAPI, controller: Any = None) -> None:
     """
     app.mount(STATIC, _Static(directory=HERE / "static"), name="static")
     if not any(getattr(route, "path", "") == "/join" for route in app.routes):
-        app.include_router(router)
+        for part in (router, device.router, join.router):
+            app.include_router(part)
     if not any(getattr(m.cls, "__name__", "") == GZipMiddleware.__name__ for m in app.user_middleware):
         app.add_middleware(GZipMiddleware, minimum_size=600)  # leaves event streams alone
     otherwise = app.router.default

@@ -306,6 +306,11 @@ def sample_value(datatype: str) -> str:
     return {"UINT8": "0", "INT64": "0", "INT32": "0", "BOOL": "false", "BYTES": '""'}.get(datatype, "0.0")
 
 
+def series(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    """One value a row; None where a row does not have it."""
+    return [row.get(key) for row in rows]
+
+
 def plural(count: int, noun: str) -> str:
     """`1 device`, `1,204 devices`."""
     word = (
@@ -323,5 +328,5 @@ FILTERS = {
     "size": size, "interval": interval, "words": words, "effect_name": effect_name,
     "class_parts": class_parts, "recipe": recipe,
     "steps": steps, "gates": gates, "change": change, "flatten": flatten, "plural": plural,
-    "sample_value": sample_value,
+    "sample_value": sample_value, "series": series,
 }  # fmt: skip
