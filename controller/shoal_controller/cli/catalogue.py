@@ -44,6 +44,7 @@ SECTIONS: tuple[tuple[str, tuple[Entry, ...]], ...] = (
     (
         "Models",
         (
+            Entry("task", "task", "Your model as a file that Shoal takes: new, check."),
             Entry("model", "model", "Pushed models and their versions: list, get, push."),
             Entry("variant", "variant", "What optimizations made of a version: list, get."),
             Entry("release", "release", "Variants per class, ready to roll out: list, get, create."),

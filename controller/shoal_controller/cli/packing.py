@@ -5,59 +5,15 @@ The task is read as text, never imported: pushing needs neither torch nor trust 
 
 from __future__ import annotations
 
-import ast
 import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from shoal_optimizer.declared import declared_files
 from shoal_protos.errors import InvalidInput
 
-
-def declared_files(source: str, name: str, attribute: str = "files") -> list[str]:
-    """The value of `files` (or `optional_files`) in the task class of a task file; [] when there is none.
-
-    Raises:
-        InvalidInput: not Python, or the value is not a plain list of texts.
-    """
-    try:
-        tree = ast.parse(source, filename=name)
-    except SyntaxError as error:
-        raise InvalidInput(f"{name} is not Python: line {error.lineno}: {error.msg}.") from error
-    found: list[str] = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for statement in node.body:
-            value = _value_of(statement, attribute)
-            if value is not None:
-                found += _literal(value, name, attribute)
-    return list(dict.fromkeys(found))
-
-
-def _value_of(statement: ast.stmt, attribute: str) -> ast.expr | None:
-    if isinstance(statement, ast.Assign):
-        targets: list[ast.expr] = statement.targets
-    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-        targets = [statement.target]
-    else:
-        return None
-    if any(isinstance(target, ast.Name) and target.id == attribute for target in targets):
-        return statement.value
-    return None
-
-
-def _literal(node: ast.expr, name: str, attribute: str) -> list[str]:
-    try:
-        value = ast.literal_eval(node)
-    except ValueError:
-        value = None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise InvalidInput(
-            f"{name}: `{attribute}` (line {node.lineno}) must be a plain list of file names.",
-            f'Write it as: {attribute} = ["signs.npz"]',
-        )
-    return list(value)
+__all__ = ["declared_files", "locate", "pack", "travelling"]
 
 
 def locate(folder: Path, name: str) -> Path:

@@ -1,0 +1,1 @@
+"""The parts of `shoal task check`, one question a module."""
