@@ -21,6 +21,7 @@ from shoal_agent.config import Config
 from shoal_agent.fs import RealFs
 from shoal_agent.identity import IdentityStore
 from shoal_agent.joining import Joined
+from shoal_agent.processor import patience
 from shoal_agent.service import Service
 from shoal_protos.errors import Conflict, InvalidInput, NotFound, ShoalError
 from shoal_protos.tokens import JoinToken
@@ -83,7 +84,8 @@ def arrive(
     services.store(config.paths, chosen)
     if kind == services.NONE:
         return Arrived(joined, chosen, {})
-    say(f"Let in by the fleet '{joined.identity.fleet}'; starting the agent...")
+    say(f"Let in by the fleet '{joined.identity.fleet}'." if token is not None else "Joined already.")
+    say("Starting the agent...")
     notes = services.install(config, chosen)
     with contextlib.suppress(FileNotFoundError):
         (config.paths.runtime / "status.json").unlink()
@@ -125,7 +127,7 @@ def _wait(config: Config, pid: int, wait_s: float) -> tuple[dict[str, Any], str]
             return _with_ports(config, status), ""
         if pid and _ended(pid):
             return status, f"The agent ended at once. {_last_words(config)}".strip()
-        if waited > START_GRACE_S and pid and not lock.holder(config.paths):
+        if waited > patience(START_GRACE_S) and pid and not lock.holder(config.paths):
             return status, f"The agent does not run. {_last_words(config)}".strip()
         time.sleep(POLL_S)
     problem = str(status.get("last_problem") or "")

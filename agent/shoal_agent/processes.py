@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal_agent import children, logs, processor
+from shoal_agent import children, logs
 from shoal_agent.clock import Clock
 from shoal_agent.config import Config
 from shoal_agent.link.base import Backoff
 from shoal_agent.private import PrivateClient
+from shoal_agent.processor import patience
 from shoal_agent.update.machine import Wanted
 from shoal_protos.v1 import agents_pb2, profile_pb2
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 600.0
-EMULATED_PATIENCE = 10
 CRASH_WINDOW_S = 300.0  # deaths within it ...
 CRASH_LOOP = 3  # ... that make a crash loop
 CALM_S = 60.0  # after living this long a server's next death is its first again
@@ -43,11 +43,6 @@ MAX_OUTPUT = 8 * 1024 * 1024  # bytes of a child's standard output
 def python(*arguments: str, prefix: str | None = None) -> list[str]:
     """The command line of one of our own processes. `prefix`: the setting `child_prefix`."""
     return [*children.interpreter(prefix), "-m", "shoal_agent", *arguments]
-
-
-def patience(seconds: float) -> float:
-    """A time limit for this machine: an emulated one is given ten times as long."""
-    return seconds * (EMULATED_PATIENCE if processor.emulated_here() else 1)
 
 
 def environment(config: Config) -> dict[str, str]:

@@ -29,6 +29,8 @@ _ISA: Mapping[str, str] = {
     "sve2": "sve2",
 }
 
+EMULATED_PATIENCE = 10
+
 # Feature -> (type of the auxiliary vector's entry, bit) on aarch64; see Linux' asm/hwcap.h.
 _HWCAP, _HWCAP2 = 16, 26
 _AUXILIARY: Mapping[str, tuple[int, int]] = {
@@ -106,6 +108,11 @@ def _foreign(architecture: str, cpuinfo: str) -> bool:
 def emulated_here() -> bool:
     """Whether this process runs in an emulator: what it times says nothing about a device."""
     return is_emulated(architecture(), _read(Path("/proc/cpuinfo")))
+
+
+def patience(seconds: float) -> float:
+    """A time limit for this machine: an emulated one is given ten times as long."""
+    return seconds * (EMULATED_PATIENCE if emulated_here() else 1)
 
 
 def _read(path: Path) -> str:

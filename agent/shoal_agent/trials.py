@@ -24,7 +24,8 @@ from shoal_agent.config import Config
 from shoal_agent.files import FileContent
 from shoal_agent.fs import Fs, durable_write
 from shoal_agent.link.base import Content, Source
-from shoal_agent.processes import describe, patience, python, throwaway
+from shoal_agent.processes import describe, python, throwaway
+from shoal_agent.processor import patience
 from shoal_agent.telemetry.spool import Spool
 from shoal_agent.trust import TRIAL, Trust
 from shoal_agent.update.store import BundleStore

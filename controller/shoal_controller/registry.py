@@ -231,7 +231,7 @@ def add_figures(
         add_measurement(
             session, variant, profile_class, kind, value, clock, source=said, device=device, context=context
         )
-        added = added or said == source or kind == "accuracy"
+        added = added or value.get("value", 0) is not None
     if not added:
         add_measurement(
             session, variant, profile_class, "accuracy", {"value": None}, clock, source="unmeasured"

@@ -33,7 +33,18 @@ COLUMNS = (
     Column("wire_bytes", lambda r: r[0].wire_bytes, "bytes"),
     Column("front", lambda r: "chosen" if r[1].chosen else ("front" if r[1].on_front else "")),
     Column("serving", lambda r: r[1].serving, "number"),
+    Column("measured", lambda r: measured(r[1])),
 )
+
+
+def measured(figures: schemas.VariantFigures) -> str:
+    """Where a class's figures come from: "local", "trial"; of an emulated device what it cannot tell."""
+    latency = figures.latency_p95_ms
+    times = latency.source if latency is not None else "unmeasured"
+    accuracy = figures.accuracy.source if figures.accuracy is not None else "unmeasured"
+    if accuracy == times or not accuracy:
+        return times
+    return f"accuracy {accuracy}, times {times}"
 
 
 def rows(variants: list[schemas.Variant], profile_class: str = "") -> list[Row]:

@@ -32,6 +32,7 @@ from shoal_controller.store.tables import (
 from shoal_optimizer import objective as objectives
 from shoal_protos.errors import ShoalError
 from shoal_protos.v1 import agents_pb2, telemetry_pb2
+from shoal_protos.v1.profile_pb2 import Profile
 
 MAX_WINDOWS = 400  # newest of one bundle; older ones say nothing more
 FAILED_STEPS = (agents_pb2.STEP_FAILED, agents_pb2.STEP_ROLLED_BACK)
@@ -111,6 +112,7 @@ def load_endpoint(session: Session, blobs: BlobStore, endpoint: Endpoint) -> End
 def served(session: Session, facts: EndpointFacts, references: References, since_ms: int) -> list[Served]:
     """One value per class and bundle that the endpoint's devices should serve now."""
     classes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    emulated = {d.id for d in facts.devices if Profile.FromString(d.profile).emulated}
     for device in facts.devices:
         bundle = facts.wanted.bundle(device)
         if bundle:
@@ -127,7 +129,12 @@ def served(session: Session, facts: EndpointFacts, references: References, since
                 endpoint_name=facts.endpoint.name,
                 profile_class=name,
                 bundle=bundle,
-                spans=tuple(span for device, span in spans[bundle] if device in own),
+                spans=tuple(
+                    # Times of an emulated device say nothing about its class.
+                    dataclasses.replace(span, latency=None) if device in emulated else span
+                    for device, span in spans[bundle]
+                    if device in own
+                ),
                 reference=reference,
                 thresholds=thresholds,
                 accuracy=_promised(session, facts, name, bundle),

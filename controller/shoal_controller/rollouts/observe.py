@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -17,6 +18,7 @@ from shoal_controller.rollouts.statistics import Period, merge_histograms
 from shoal_controller.rollouts.verdict import DeviceObservation
 from shoal_controller.store.tables import Device, RolloutDevice, Window
 from shoal_protos.v1 import agents_pb2
+from shoal_protos.v1.profile_pb2 import Profile
 from shoal_protos.v1.telemetry_pb2 import Histogram
 
 BASELINE_SECONDS = 900  # how far back "before" looks
@@ -45,6 +47,10 @@ def observe(
 ) -> DeviceObservation:
     """Everything known of one device under one rollout."""
     wanted, before = new.bundle(device), old.bundle(device)
+    emulated = Profile.FromString(device.profile).emulated
+    before_period = records.period_of(row.baseline if row is not None else {})
+    if emulated:  # its times are no device's: they are no evidence for or against anything
+        before_period, after = untimed(before_period), untimed(after)
     status = placement_status(device, endpoint)
     mine = status is not None and status.wanted == wanted and status.attempt >= attempt
     serving = status.serving if status is not None else ""
@@ -63,10 +69,16 @@ def observe(
         serving=bool(wanted) and serving == wanted,
         reason=status.reason if mine and status is not None else "",
         detail=status.detail if mine and status is not None else "",
-        before=records.period_of(row.baseline if row is not None else {}),
+        before=before_period,
         after=after,
+        emulated=emulated,
         back=serving == before and (status is None or status.wanted != wanted or wanted == before),
     )
+
+
+def untimed(period: Period) -> Period:
+    """The period without its latencies."""
+    return dataclasses.replace(period, latency=None)
 
 
 def placement_status(device: Device, endpoint: str) -> agents_pb2.PlacementStatus | None:

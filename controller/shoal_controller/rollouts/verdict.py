@@ -52,6 +52,7 @@ class DeviceObservation:
     detail: str = ""
     before: Period = field(default_factory=Period)
     after: Period = field(default_factory=Period)
+    emulated: bool = False  # gives no timing evidence: its periods have no latency
     back: bool = False  # the bundle of before answers again, or nothing if there was none
 
 
@@ -197,15 +198,28 @@ def effect_views(devices: Sequence[DeviceObservation], gates: Gates) -> tuple[Ef
             "%",
             "p95 latency",
             "devices with enough requests",
+            emulated=bool(devices) and all(d.emulated for d in devices),
         ),
         _view("error_share", errors, gates.error_share_increase, "points", "share of errors", "requests"),
         _view("accuracy", accuracy, -gates.accuracy_drop, "points", "accuracy", "labels"),
     )
 
 
-def _view(name: str, estimate: Estimate | None, gate: float, unit: str, title: str, of: str) -> EffectView:
+def _view(
+    name: str,
+    estimate: Estimate | None,
+    gate: float,
+    unit: str,
+    title: str,
+    of: str,
+    *,
+    emulated: bool = False,
+) -> EffectView:
     if estimate is None:
-        return EffectView(name, None, None, None, gate * 100, unit, 0, f"No {of} on both sides yet.")
+        text = (
+            f"{title} unmeasured (emulated): all devices are." if emulated else f"No {of} on both sides yet."
+        )
+        return EffectView(name, None, None, None, gate * 100, unit, 0, text)
     value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
     text = (
         f"{title[0].upper()}{title[1:]} {value:+.1f} {unit} (95 % interval {low:+.1f} to {high:+.1f}), "
@@ -231,7 +245,8 @@ def _harm(devices: Sequence[DeviceObservation], gates: Gates, confidence: float)
             f"accuracy fell by {-100 * accuracy.value:.1f} points (at least {-100 * accuracy.high:.1f}; "
             f"allowed {100 * gates.accuracy_drop:.1f}) over {accuracy.n} labels."
         )
-    return _slower(pairs, gates, confidence) or _above_limit(devices, gates, confidence)
+    timed = [Pair(d.before, d.after) for d in devices if not d.emulated]
+    return _slower(timed, gates, confidence) or _above_limit(devices, gates, confidence)
 
 
 def _errors_alone(devices: Sequence[DeviceObservation], gates: Gates, confidence: float) -> str:
@@ -317,7 +332,8 @@ def _judge(
             return Verdict("collecting", text, outcomes, effects, deadline)
         text = f"{head}, no traffic at all: judged by the devices' own probes alone.{tail}"
         return Verdict("go", text, outcomes, effects, deadline)
-    few = [d for d in switched if d.before.requests and d.after.requests < gates.min_requests]
+    timed = [d for d in switched if not d.emulated]
+    few = [d for d in timed if d.before.requests and d.after.requests < gates.min_requests]
     if few and not over:
         text = (
             f"{_wave(wave)}: {requests} requests so far; {_all(len(few))} below the "
@@ -327,6 +343,8 @@ def _judge(
     shown = "; ".join(e.sentence.rstrip(".") for e in effects if e.value is not None)
     judged = f"{shown}." if shown else "nothing to compare with before, no errors above the gate."
     note = f" {_all(len(few))} had too few requests to judge latency." if few else ""
+    untimed = len(switched) - len(timed)
+    note += f" Latency of {_all(untimed)} is unmeasured (emulated)." if untimed else ""
     return Verdict("go", f"{head}, {requests} requests. {judged}{note}{tail}", outcomes, effects, deadline)
 
 
