@@ -745,9 +745,12 @@ def troubled() -> Fleet:
     lent.placements[0].variant = "plain-fp32-onnxruntime"
     add("qemu", PI5, "healthy", connected=True, emulated=True, p95_ms=None,
         class_reason=f"{PI5}: aarch64 with 4 usable cores; instructions dotprod; runtimes onnxruntime 1.23.2; emulated, so its times say nothing about real hardware.")  # fmt: skip
+    for window in named(fleet, "qemu").windows:
+        window["p50_ms"] = window["p95_ms"] = None
     add("quiet", ORT, "healthy", connected=True, quarantined=True)
     pinned = add("kept", ORT, "healthy", connected=True, pins={"digits": fleet.variants[0].id})
     pinned.placements[0].pinned = True
+    pinned.placements[0].wanted = pinned.placements[0].variant = fleet.variants[0].name
     behind = add("behind", BOTH, "updating", connected=True, desired_ms=NOW - 190_000)
     behind.placements[0].current = False
     fleet.tokens = [s.Token(id="j-0001", uses=10, uses_left=7, created_ms=NOW, expires_ms=int(time.time() * 1000) + 3_600_000, revoked=False, labels={"site": "lab"}),
