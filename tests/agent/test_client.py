@@ -113,7 +113,7 @@ def test_nobody_there() -> None:
 def test_a_connection_that_the_server_closed_is_opened_again(server: Server) -> None:
     with Client(server.address) as client:
         client.infer(bundles.images(1))
-        assert client._connection is not None
-        assert client._connection.sock is not None
-        client._connection.sock.shutdown(2)
+        assert client._transport.connection is not None
+        assert client._transport.connection.sock is not None
+        client._transport.connection.sock.shutdown(2)
         client.infer(bundles.images(1))

@@ -247,7 +247,7 @@ async def _metrics(app: App, request: Request) -> Reply:
 
 
 async def _regions(app: App, request: Request) -> Reply:
-    return _answer(app.plane.regions.status(urllib.parse.unquote(request.parts["region"])))
+    return _answer(app.plane.regions.status(request.parts["region"]))
 
 
 async def _register(app: App, request: Request) -> Reply:
@@ -257,13 +257,13 @@ async def _register(app: App, request: Request) -> Reply:
     key, offset, size = message.get("key"), message.get("offset", 0), message.get("byte_size")
     if not isinstance(key, str) or type(offset) is not int or type(size) is not int:
         raise InvalidInput("A region needs 'key' (a text), 'byte_size' and 'offset' (integers).")
-    name = urllib.parse.unquote(request.parts["region"])
+    name = request.parts["region"]
     app.plane.regions.register(name, key, offset, size, request.peer.user())
     return json_reply(b"")
 
 
 async def _unregister(app: App, request: Request) -> Reply:
-    app.plane.regions.unregister(urllib.parse.unquote(request.parts["region"]), request.peer.user())
+    app.plane.regions.unregister(request.parts["region"], request.peer.user())
     return json_reply(b"")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ EXTENSIONS = (
     "model_configuration",
     "model_repository",
     "statistics",
+    "system_shared_memory",
 )
 MAX_BATCH_SIZE = 64  # told to clients that ask; larger batches are answered as well
 # Triton's DataType enumeration counts the types in the order of DTYPES.
@@ -60,6 +63,25 @@ def model_metadata(loaded: Loaded) -> dict[str, Any]:
         "platform": platform_of(loaded),
         "inputs": inputs,
         "outputs": outputs,
+        "shoal": for_applications(loaded),
+    }
+
+
+def for_applications(loaded: Loaded) -> dict[str, Any]:
+    """What turns a picture or a sound into tensors and the answer into names."""
+    signature = loaded.bundle.config.signature
+    rule = signature.boxes
+    return {
+        "bundle": loaded.bundle.digest,
+        "input_kind": signature.input_kind,
+        "output_kind": signature.output_kind,
+        "labels": list(signature.labels),
+        "color": signature.color,
+        "resize": signature.resize,
+        "pad": signature.pad,
+        "sample_rate": signature.sample_rate,
+        "units": signature.units,
+        "boxes": None if rule is None else dataclasses.asdict(rule),
     }
 
 
@@ -81,6 +103,7 @@ def model_config(loaded: Loaded) -> dict[str, Any]:
             {"name": spec.name, "data_type": f"TYPE_{spec.datatype}", "dims": list(spec.shape[start:])}
             for spec in signature.outputs
         ],
+        "parameters": {"shoal": {"string_value": json.dumps(for_applications(loaded))}},
     }
 
 

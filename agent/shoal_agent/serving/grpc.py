@@ -15,11 +15,12 @@ from typing import Any
 
 import grpc
 
-from shoal_agent.serving import describe
+from shoal_agent.serving import describe, peers
 from shoal_agent.serving.dataplane import DataPlane
 from shoal_agent.serving.errors import RETRY_AFTER_S, as_shoal, grpc_code
 from shoal_agent.serving.grpc_messages import read_inputs, read_wanted, write_response, write_statistics
-from shoal_protos.errors import Conflict, Denied, InvalidInput, NotFound, Overloaded, Unsupported
+from shoal_agent.serving.shared_memory import Span
+from shoal_protos.errors import Conflict, Denied, NotFound, Overloaded, ShoalError
 from shoal_protos.oip import service_pb2 as oip
 
 log = logging.getLogger("shoal.serving")
@@ -74,12 +75,12 @@ class _Service(grpc.GenericRpcHandler):  # type: ignore[misc]
             pool.shutdown(wait=False)
 
 
-def _guarded(call: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """Turns domain errors into gRPC statuses."""
+def _guarded(call: Callable[..., Any], with_peer: bool = False) -> Callable[[Any, Any], Any]:
+    """Turns domain errors into gRPC statuses. `with_peer`: the call also takes who asks."""
 
     def handle(request: Any, context: Any) -> Any:
         try:
-            return call(request)
+            return call(request, _Peer(context)) if with_peer else call(request)
         except Exception as error:
             return _abort(context, error)
 
@@ -99,9 +100,21 @@ def _abort(context: Any, error: Exception) -> Any:
     context.abort(getattr(grpc.StatusCode, code), str(known))
 
 
-def _unary(call: Callable[[Any], Any], request: Any) -> Any:
+class _Peer:
+    """Who asks, found out when somebody wants to know."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def user(self) -> int:
+        return peers.of_grpc(self._context.peer()).user()
+
+
+def _unary(call: Callable[..., Any], request: Any, with_peer: bool = False) -> Any:
     return grpc.unary_unary_rpc_method_handler(
-        _guarded(call),
+        _guarded(call, with_peer),
         request_deserializer=request.FromString,
         response_serializer=lambda message: message.SerializeToString(),
     )
@@ -129,7 +142,7 @@ def _stream_refusal(pool: ThreadPoolExecutor) -> Any:
 
 def _handlers(calls: Calls, streams: ThreadPoolExecutor) -> dict[str, Any]:
     def stream(requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        return calls.stream(requests)
+        return calls.stream(requests, _Peer(context))
 
     stream.experimental_thread_pool = streams  # type: ignore[attr-defined]
     return {
@@ -143,7 +156,12 @@ def _handlers(calls: Calls, streams: ThreadPoolExecutor) -> dict[str, Any]:
         "RepositoryIndex": _unary(calls.index, oip.RepositoryIndexRequest),
         "RepositoryModelLoad": _unary(calls.refuse, oip.RepositoryModelLoadRequest),
         "RepositoryModelUnload": _unary(calls.refuse, oip.RepositoryModelUnloadRequest),
-        "ModelInfer": _unary(calls.infer, oip.ModelInferRequest),
+        "ModelInfer": _unary(calls.infer, oip.ModelInferRequest, True),
+        "SystemSharedMemoryStatus": _unary(calls.regions, oip.SystemSharedMemoryStatusRequest),
+        "SystemSharedMemoryRegister": _unary(calls.register, oip.SystemSharedMemoryRegisterRequest, True),
+        "SystemSharedMemoryUnregister": _unary(
+            calls.unregister, oip.SystemSharedMemoryUnregisterRequest, True
+        ),
         "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
             stream,
             request_deserializer=oip.ModelInferRequest.FromString,
@@ -207,6 +225,10 @@ class Calls:
                     oip.ModelOutput(name=o["name"], data_type=number[o["data_type"][5:]], dims=o["dims"])
                     for o in found["output"]
                 ],
+                parameters={
+                    name: oip.ModelParameter(string_value=value["string_value"])
+                    for name, value in found["parameters"].items()
+                },
             )
         )
 
@@ -233,25 +255,52 @@ class Calls:
             "Change what a device serves through its fleet's controller.",
         )
 
-    def infer(self, request: Any) -> Any:
+    def regions(self, request: Any) -> Any:
+        status = oip.SystemSharedMemoryStatusResponse.RegionStatus
+        found = self._plane.regions.status(request.name)
+        return oip.SystemSharedMemoryStatusResponse(regions={row["name"]: status(**row) for row in found})
+
+    def register(self, request: Any, peer: _Peer) -> Any:
+        self._plane.regions.register(
+            request.name, request.key, request.offset, request.byte_size, peer.user()
+        )
+        return oip.SystemSharedMemoryRegisterResponse()
+
+    def unregister(self, request: Any, peer: _Peer) -> Any:
+        self._plane.regions.unregister(request.name, peer.user())
+        return oip.SystemSharedMemoryUnregisterResponse()
+
+    def infer(self, request: Any, peer: _Peer) -> Any:
         started = time.perf_counter_ns()
         loaded = self._plane.find(request.model_name, request.model_version)
+        regions = self._plane.regions
+
+        def read(span: Span, dtype: Any, shape: tuple[int, ...]) -> Any:
+            return regions.read(span, dtype, shape, peer.user())
+
         try:
-            inputs, batch = read_inputs(loaded.codec, request)
+            inputs, batch = read_inputs(loaded.codec, request, read)
             wanted = read_wanted(loaded.codec, request)
-        except (InvalidInput, Unsupported):
+        except ShoalError:
             loaded.observer.invalid()
             raise
         outputs = self._plane.infer(loaded, inputs, batch, request.id, started)
-        return write_response(loaded, request.id, wanted, outputs)
+        return write_response(
+            loaded,
+            request.id,
+            wanted,
+            outputs,
+            lambda span, array: regions.write(span, array, peer.user()),
+        )
 
-    def stream(self, requests: Iterator[Any]) -> Iterator[Any]:
+    def stream(self, requests: Iterator[Any], peer: _Peer) -> Iterator[Any]:
         """Answers each request of a stream in order; an error ends its request, not the stream."""
-        yield from map(self._stream_answer, requests)
+        for request in requests:
+            yield self._stream_answer(request, peer)
 
-    def _stream_answer(self, request: Any) -> Any:
+    def _stream_answer(self, request: Any, peer: _Peer) -> Any:
         try:
-            return oip.ModelStreamInferResponse(infer_response=self.infer(request))
+            return oip.ModelStreamInferResponse(infer_response=self.infer(request, peer))
         except Exception as error:
             # The client finds the failed request by its id.
             failed = oip.ModelInferResponse(model_name=request.model_name, id=request.id)

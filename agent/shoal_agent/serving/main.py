@@ -213,6 +213,7 @@ class Server:
         else:
             await asyncio.gather(*ends)
         self._executor.shutdown(wait=False)
+        self.plane.regions.close()
 
 
 def _load_tls(files: tuple[Path, Path] | None) -> tuple[ssl.SSLContext | None, tuple[bytes, bytes] | None]:

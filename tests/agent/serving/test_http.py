@@ -170,7 +170,7 @@ class TestRefusals:
             ({"parameters": {"binary_data_size": "64"}}, 400, ["'64'"]),
             ({"parameters": {}}, 400, ["neither 'data' nor"]),
             ({"parameters": [1]}, 400, ["not an object"]),
-            ({"parameters": {"shared_memory_region": "r"}}, 501, ["Shared memory"]),
+            ({"parameters": {"shared_memory_region": "r"}}, 400, ["shared_memory_byte_size"]),
         ],
     )
     async def test_a_tensor_that_does_not_fit_is_named(
@@ -291,7 +291,7 @@ class TestRefusals:
             ("GET", "/etc/passwd", 404),
             ("GET", "/v2/models/none", 404),
             ("DELETE", "/v2/models/digits", 400),
-            ("GET", "/v2/systemsharedmemory/status", 404),
+            ("GET", "/v2/cudasharedmemory/status", 404),
         ],
     )
     async def test_what_is_not_open_to_the_public(
