@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 MAX_PIXELS = 89_478_485  # as Pillow's own limit: a larger picture is taken for a decompression bomb
 MAX_SIDE = 65_535
 # Formats that Pillow reads by itself; others would start external programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")  # JPEG stands for MPO too
 RESIZE_RULES = ("stretch", "letterbox", "crop")
 COLORS = {"gray": 1, "rgb": 3, "bgr": 3}
 _ORIENTATION = 0x0112
