@@ -147,13 +147,13 @@ def _constant(task: Task, outputs: np.ndarray, targets: np.ndarray) -> np.ndarra
         if targets.size == outputs.size:
             mean = targets.mean(axis=0).reshape(outputs.shape[1:])
             return np.array(np.broadcast_to(mean, outputs.shape), outputs.dtype)
-        return np.array(np.broadcast_to(outputs.mean(axis=0), outputs.shape), outputs.dtype)
+        return np.array(np.broadcast_to(outputs.mean(axis=0), outputs.shape)).astype(outputs.dtype)
     return None
 
 
 def _perfect(task: Task, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray | None:
     if task.output_kind == "logits" and _are_classes(outputs, targets):
-        return np.eye(outputs.shape[-1], dtype=outputs.dtype)[targets]
+        return np.array(np.eye(outputs.shape[-1])[targets], outputs.dtype)
     if task.output_kind == "values" and targets.size == outputs.size and targets.dtype.kind in "iuf":
         return np.array(targets.reshape(outputs.shape), outputs.dtype)
     return None
