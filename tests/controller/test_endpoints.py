@@ -110,7 +110,18 @@ def test_a_class_has_what_all_of_its_devices_have(world: World) -> None:
     with world.store.read() as session:
         facts = classes.class_facts(session.query(Device))
     (only,) = facts.values()
-    assert only.isa == {"avx2"} and only.runtimes == {"onnxruntime": "1.32.0"}
+    assert only.isa == {"avx2"} and only.runtimes == {"onnxruntime": "1.32.0"} and not only.emulated
+
+
+def test_a_class_is_emulated_when_all_of_its_devices_are(world: World) -> None:
+    pi = world.add_device("pi", isa=("neon",), architecture="aarch64", emulated=True)
+    with world.store.read() as session:
+        assert classes.class_facts(session.query(Device))[world.class_of(pi)].emulated
+    assert world.class_of(world.add_device("board", isa=("neon",), architecture="aarch64")) == world.class_of(
+        pi
+    )
+    with world.store.read() as session:
+        assert not classes.class_facts(session.query(Device))[world.class_of(pi)].emulated
 
 
 def test_bad_endpoints_are_refused(world: World) -> None:
@@ -156,10 +167,28 @@ def test_the_device_with_the_least_to_do_is_picked() -> None:
     assert trials.pick([trials.Idle("a", "x", trials.MAX_A_DEVICE)], "x") is None
 
 
+def test_real_devices_are_timed_and_emulated_ones_only_answer() -> None:
+    real, emulated = trials.Idle("real", "x", 3), trials.Idle("a-emulated", "x", 0, emulated=True)
+    for kind in ("timing", "outputs"):
+        assert trials.pick([emulated, real], "x", kind, real=True) == "real"
+    # The only real one is away or has enough to do: a timing waits for it, inputs are answered meanwhile.
+    assert trials.pick([emulated], "x", "timing", real=True) is None
+    assert trials.pick([emulated], "x", "outputs", real=True) == "a-emulated"
+    # Nobody real: the emulated one says at once that it cannot time.
+    assert trials.pick([emulated], "x", "timing", real=False) == "a-emulated"
+
+
+def test_an_emulated_timing_is_no_figure() -> None:
+    result = telemetry_pb2.TrialResult(trial="t", ok=True, context={"emulated": "yes"})
+    result.timing.winner = "unmeasured"
+    assert trials.figures_of(result) == {}
+
+
 def test_figures_of_a_trial() -> None:
     result = telemetry_pb2.TrialResult(trial="t", ok=True)
     assert trials.figures_of(result) == {}
     result.timing.candidate.p95_ms = 2.0
+    result.timing.candidate.runs = 40
     result.timing.candidate.rss_bytes = 1000
     result.timing.int8_share = float("nan")
     assert set(trials.figures_of(result)) == {"latency", "memory"}

@@ -178,3 +178,28 @@ def test_releases_order_fronts_and_never_change(world: World) -> None:
             releases.create_release(session, row, world.clock, actor="t", fronts={name: [slow]})
         with pytest.raises(Conflict, match="no variants"):
             releases.create_release(session, row, world.clock, actor="t")
+
+
+def test_an_emulated_classes_figures_say_what_they_are(world: World) -> None:
+    version = world.version()
+    key = world.variant(version, "plain", {"x": (0.99, 1.0)})
+    with world.store.write() as session:
+        row = session.get_one(Variant, key)
+        nothing = {"accuracy": None, "latency": None, "source": "unmeasured (emulated)"}
+        registry.add_figures(session, row, "pi", nothing, world.clock, source="unmeasured (emulated)")
+        before = registry.newest_measurements(session, [key])[key, "pi"]
+        world.now += 1
+        answered = {**nothing, "accuracy": {"value": 0.97}, "sources": {"accuracy": "emulated"}}
+        registry.add_figures(session, row, "pi", answered, world.clock, source="unmeasured (emulated)")
+        after = registry.newest_measurements(session, [key])[key, "pi"]
+    assert before["accuracy"].figures == {"value": None} and before["accuracy"].source == "unmeasured"
+    assert after["accuracy"].figures == {"value": 0.97} and after["accuracy"].source == "emulated"
+    for found in (before, after):
+        assert found["latency"].source == "unmeasured (emulated)"
+        assert found["latency"].figures == {"value": None}
+    with world.store.read() as session:
+        (point,) = registry.points(session, version, "pi")
+        assert point.metrics["latency_p95"] is None and point.metrics["accuracy"] == 0.97
+        assert "pi" in releases.best_fronts(
+            session, session.get_one(Version, version), "minimise latency_p95"
+        )

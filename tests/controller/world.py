@@ -47,10 +47,14 @@ RUNTIMES = {"onnxruntime": "1.32.0", "openvino": "2026.4.1"}
 
 
 def profile(
-    *runtimes: str, isa: tuple[str, ...] = ("avx2",), architecture: str = "x86_64"
+    *runtimes: str,
+    isa: tuple[str, ...] = ("avx2",),
+    architecture: str = "x86_64",
+    emulated: bool = False,
 ) -> profile_pb2.Profile:
     return profile_pb2.Profile(
         architecture=architecture,
+        emulated=emulated,
         isa_features=isa,
         cores=2,
         memory_bytes=8 << 30,

@@ -178,3 +178,29 @@ class TestTrialMeter:
         assert isinstance(pending, Pending)
         found = TrialMeter("o-1", lambda f: None, {pending.trial: None}).measure(bundle, HERE)
         assert isinstance(found, Measurement) and found.status == "no data" and found.latency_p95 is None
+
+    def test_an_emulated_device_has_answers_and_no_times(self, bundle: BundleRef, tmp_path: Path) -> None:
+        data = tmp_path / "inputs.npz"
+        np.savez(data, x=np.ones((3, 4), np.float32))
+        timing, outputs = (
+            TrialResult(trial="x", ok=True, context={"emulated": "yes"}, outputs_blob=blob)
+            for blob in ("", "sha256:" + "a" * 64)
+        )
+        timing.timing.winner = "unmeasured"
+        (tmp_path / f"{'a' * 64}.npz").write_bytes(data.read_bytes())
+        answers: dict[str, bytes | None] = {}
+        asking = TrialMeter("o-1", lambda f: None, answers, outputs=tmp_path)
+        first = asking.measure(bundle, ELSEWHERE)
+        second = asking.measure(bundle, ELSEWHERE, "outputs", dataset=data)
+        assert isinstance(first, Pending) and isinstance(second, Pending)
+        answers |= {first.trial: timing.SerializeToString(), second.trial: outputs.SerializeToString()}
+        timed = asking.measure(bundle, ELSEWHERE)
+        assert isinstance(timed, Measurement) and timed.latency_p95 is None and "emulated" in timed.reason
+        assert (timed.status, timed.source, timed.winner) == (
+            "unmeasured",
+            "unmeasured (emulated)",
+            "unmeasured",
+        )
+        answered = asking.measure(bundle, ELSEWHERE, "outputs", dataset=data)
+        assert isinstance(answered, Measurement)
+        assert (answered.status, answered.source) == ("measured", "emulated")

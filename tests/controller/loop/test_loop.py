@@ -47,10 +47,16 @@ def findings(world: World, kind: str = "") -> list[Finding]:
 
 
 def serving(
-    world: World, *, devices: int = 2, objective: str = "", drift: bool = True, automatic: bool = True
+    world: World,
+    *,
+    devices: int = 2,
+    objective: str = "",
+    drift: bool = True,
+    automatic: bool = True,
+    **profile: Any,
 ) -> tuple[str, list[str], str]:
     """(endpoint, devices, class) with a plain and a faster, less accurate variant."""
-    names = [world.add_device(f"cam{i}") for i in range(devices)]
+    names = [world.add_device(f"cam{i}", **profile) for i in range(devices)]
     name = world.class_of(names[0])
     version = world.version()
     slow = world.variant(version, "plain", {name: (0.99, 4.0)}, drift=drift)
@@ -231,6 +237,15 @@ def test_latency_breach_steps_along_the_front(world: World) -> None:
     assert world.row(Variant, after[name]).name == "pruned" != world.row(Variant, before[name]).name
     with world.store.read() as session:
         assert not session.scalars(select(Optimization).where(Optimization.kind == "optimize")).all()
+
+
+def test_an_emulators_times_breach_nothing(world: World) -> None:
+    _, devices, _ = serving(world, objective="latency_p95<=5ms; maximise accuracy", emulated=True)
+    for _ in range(8):
+        for device in devices:
+            world.traffic(device, ms=900.0)
+        world.look()
+    assert not findings(world, "latency")
 
 
 def endpoints_choice(world: World, endpoint: str) -> dict[str, str]:

@@ -333,3 +333,17 @@ def test_gates_are_checked() -> None:
     ):
         with pytest.raises(InvalidInput):
             Gates.from_json(wrong)
+
+
+def test_an_emulated_device_gives_no_timing_evidence() -> None:
+    few = Period(requests=5)
+    plain = device(**DONE, before=Period(requests=100), after=few)
+    assert look(30, plain).decision == "collecting"  # waits for enough requests to judge latency
+    found = look(30, dataclasses.replace(plain, emulated=True))
+    assert found.decision == "go" and "Latency of 1 device is unmeasured (emulated)." in found.sentence
+    latency = next(effect for effect in found.effects if effect.name == "latency_p95")
+    assert latency.value is None and "unmeasured (emulated)" in latency.sentence
+    failing = device(
+        **DONE, emulated=True, before=Period(requests=100), after=Period(requests=100, errors=90)
+    )
+    assert look(30, failing).decision == "stop"  # wrong answers are evidence from anybody

@@ -22,9 +22,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.close()
 
 
-def serve_first(world: World, devices: int = 4) -> tuple[str, list[str], str]:
+def serve_first(world: World, devices: int = 4, **profile: Any) -> tuple[str, list[str], str]:
     """An endpoint whose devices serve version 1; returns endpoint, devices, class."""
-    names = [world.add_device(f"cam{i}") for i in range(devices)]
+    names = [world.add_device(f"cam{i}", **profile) for i in range(devices)]
     name = world.class_of(names[0])
     first = world.version()
     world.variant(first, "plain", {name: (0.98, 2.0)})
@@ -160,6 +160,23 @@ def test_slower_bundle_is_stopped_by_latency(world: World) -> None:
 
     run_until(world, lambda: state(world, rollout) == "rolled_back", each=traffic)
     assert "latency rose" in world.row(Rollout, rollout).verdict["sentence"]
+
+
+def test_an_emulators_times_stop_nothing(world: World) -> None:
+    _, names, name = serve_first(world, emulated=True)
+    for _ in range(5):
+        world.look()
+        for d in names:
+            world.traffic(d, ms=5.0)
+    rollout = create(world, second(world, name))
+    new = bundle_of(world, world.row(Rollout, rollout).to_assignment, name)
+
+    def traffic() -> None:
+        for d in names:
+            world.traffic(d, ms=500.0 if world.serving.get((d, "digits")) == new else 5.0)
+
+    run_until(world, lambda: state(world, rollout) == "promoted", each=traffic)
+    assert "unmeasured (emulated)" in world.row(Rollout, rollout).verdict["sentence"]
 
 
 def test_offline_device_is_carried_and_updates_when_it_returns(world: World) -> None:
