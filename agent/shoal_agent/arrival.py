@@ -124,7 +124,7 @@ def _wait(config: Config, pid: int, wait_s: float) -> tuple[dict[str, Any], str]
     while (waited := time.monotonic() - start) < wait_s:
         status = joining.written_status(config)
         if status.get("first_heartbeat_s") is not None:
-            return _with_ports(config, status), ""
+            return _with_ports(config, status, pid)
         if pid and _ended(pid):
             return status, f"The agent ended at once. {_last_words(config)}".strip()
         if waited > patience(START_GRACE_S) and pid and not lock.holder(config.paths):
@@ -134,12 +134,20 @@ def _wait(config: Config, pid: int, wait_s: float) -> tuple[dict[str, Any], str]
     return status, f"No heartbeat was accepted within {wait_s:.0f} s. {problem}".strip()
 
 
-def _with_ports(config: Config, status: dict[str, Any]) -> dict[str, Any]:
+def _with_ports(config: Config, status: dict[str, Any], pid: int) -> tuple[dict[str, Any], str]:
+    """Waits for the server to say where it answers; a metrics port in use ends the agent only now."""
     end = time.monotonic() + PORTS_WAIT_S
-    while not (status.get("ports") or {}).get("http") and time.monotonic() < end:
+    while not _bound(status) and time.monotonic() < end:
+        if pid and _ended(pid):
+            return status, f"The agent ended again. {_last_words(config)}".strip()
         time.sleep(POLL_S)
         status = joining.written_status(config) or status
-    return status
+    return status, ""
+
+
+def _bound(status: Mapping[str, Any]) -> bool:
+    ports = status.get("ports") or {}
+    return bool(ports.get("http") and ports.get("metrics"))
 
 
 def _ended(pid: int) -> bool:

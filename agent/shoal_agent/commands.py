@@ -50,7 +50,7 @@ def join(options: argparse.Namespace) -> int:
             wait_s=options.wait, environ=os.environ, say=_say,
         )  # fmt: skip
     except Unavailable:
-        _explain(config, token)
+        _explain(config, token, but=("certificate", "service", "connection"))
         raise
     identity = arrived.joined.identity
     _say(f"Joined the fleet '{identity.fleet}' as {identity.name or identity.device} ({identity.device}).")
@@ -107,7 +107,7 @@ def _service_lines(config: Config, arrived: Arrived) -> list[str]:
 
 def _not_heard(config: Config, arrived: Arrived, token: JoinToken | None) -> int:
     print(f"shoal-agent: {arrived.problem}", file=sys.stderr)  # noqa: T201
-    checks = _explain(config, token, arrived.joined.clock_offset_ms)
+    checks = _explain(config, token, offset_ms=arrived.joined.clock_offset_ms)
     print(  # noqa: T201
         "The agent goes on trying. When that is mended, run join again to see it through: shoal-agent join",
         file=sys.stderr,
@@ -116,10 +116,12 @@ def _not_heard(config: Config, arrived: Arrived, token: JoinToken | None) -> int
     return UNREACHABLE if unreachable else CANNOT
 
 
-def _explain(config: Config, token: JoinToken | None, offset_ms: int | None = None) -> list[Check]:
-    """Doctor's findings that are not well, on standard error."""
+def _explain(
+    config: Config, token: JoinToken | None, *, offset_ms: int | None = None, but: Sequence[str] = ()
+) -> list[Check]:
+    """Doctor's findings that are not well, on standard error; without those named `but`."""
     checks = doctors.examine(doctors.patient(config, os.environ, token=token, offset_ms=offset_ms))
-    bad = [check for check in checks if check.remedy]
+    bad = [check for check in checks if check.remedy and check.name not in but]
     for line in doctors.lines(bad, color=sys.stderr.isatty() and not os.environ.get("NO_COLOR")):
         print(line, file=sys.stderr)  # noqa: T201
     return checks

@@ -13,7 +13,7 @@ from pathlib import Path
 from shoal_agent import children, processor, profile
 from shoal_agent.checks import FAILED, OK, UNMEASURED, WARNING, Check
 from shoal_agent.config import Config
-from shoal_agent.processes import patience
+from shoal_agent.processor import patience
 from shoal_protos.errors import ShoalError
 
 IMPORT_LIMIT_S = 3.5

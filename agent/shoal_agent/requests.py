@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 
 from shoal_agent import children, logs, reporting
 from shoal_agent.config import Config
-from shoal_agent.processes import describe, patience, throwaway
+from shoal_agent.processes import describe, throwaway
+from shoal_agent.processor import patience
 from shoal_protos.errors import ShoalError, Unavailable
 from shoal_protos.v1 import agents_pb2, desired_pb2, profile_pb2
 

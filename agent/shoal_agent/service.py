@@ -149,7 +149,7 @@ def render(kind: str, words: Sequence[str], state_dir: Path, prefix: str = "") -
     own = state_dir == SYSTEM_STATE
     values = {
         "COMMAND": " ".join(_quoted(word) for word in words),
-        "STATE": str(state_dir),
+        "STATE": str(state_dir).replace("%", "%%"),
         "STATE_LINE": (
             "StateDirectory=shoal-agent\nStateDirectoryMode=0700"
             if own
