@@ -23,6 +23,9 @@ class Client:
     def post(self, address: str, **request: Any) -> httpx.Response:
         return self._threads.submit(lambda: asyncio.run(self._send("POST", address, **request))).result()
 
+    def patch(self, address: str, **request: Any) -> httpx.Response:
+        return self._threads.submit(lambda: asyncio.run(self._send("PATCH", address, **request))).result()
+
     async def _send(self, method: str, address: str, **request: Any) -> httpx.Response:
         request.setdefault("follow_redirects", True)
         transport = httpx.ASGITransport(app=self._app)

@@ -1,4 +1,4 @@
-"""Device and Join in a real Chromium: arrivals and answers pop in, actions with and without scripts, axe, keys."""
+"""Device and Join in a real Chromium: arrivals and answers pop in, actions, axe, keys, no scripts."""
 
 from __future__ import annotations
 
