@@ -23,6 +23,8 @@ from shoal_protos.errors import (
 )
 
 PORT = 8000
+_JOIN_BELOW = 1 << 16  # bytes; what is smaller is sent in one piece
+_MAX_HEAD = 1 << 16
 _ERRORS: Mapping[int, type[ShoalError]] = {
     400: InvalidInput,
     403: Denied,
@@ -42,7 +44,8 @@ class Address(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.path or f"{host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
@@ -87,6 +90,8 @@ class Transport:
         self.lock = threading.RLock()
         self.connection: http.client.HTTPConnection | None = None
         self._local: bool | None = True if address.path else None
+        self._lean = True
+        self._host = "localhost" if address.path else str(address)
 
     def is_local(self) -> bool:
         """Whether the server is on this machine; known after the first answer."""
@@ -128,19 +133,59 @@ class Transport:
             self.connection = self._open()
         connection = self.connection
         try:
-            connection.request(method, target, body, dict(headers))
-            if self._local is None:
-                self._local = _is_loopback(connection)
-            response = connection.getresponse()
-            data = response.read()
+            if self._lean and connection.sock is not None:
+                status, size, data = self._lean_exchange(connection.sock, method, target, body, headers)
+            else:
+                connection.request(method, target, body, dict(headers))
+                if self._local is None:
+                    self._local = _is_loopback(connection)
+                response = connection.getresponse()
+                status, data = response.status, response.read()
+                size = response.headers.get("Inference-Header-Content-Length")
+        except _NotLean:
+            self._lean, self.connection = False, None
+            connection.close()
+            return self._exchange(method, target, body, headers)
         except BaseException:
             self.connection = None
             connection.close()
             raise
-        if response.status >= 300:
-            raise _ERRORS.get(response.status, ShoalError)(_message(data, response.status))
-        size = response.headers.get("Inference-Header-Content-Length")
+        if status >= 300:
+            raise _ERRORS.get(status, ShoalError)(_message(data, status))
         return data, None if size is None else int(size)
+
+    def _lean_exchange(
+        self, sock: socket.socket, method: str, target: str, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, str | None, bytes]:
+        """One exchange on a kept connection in one write and, mostly, one read: the standard library's
+        client takes a tenth of a millisecond more, which is much beside a small model.
+
+        Raises:
+            _NotLean: the answer is not of the plain form that Shoal's server writes.
+        """
+        extra = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"{method} {target} HTTP/1.1\r\nHost: {self._host}\r\n{extra}"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        if len(body) < _JOIN_BELOW:
+            sock.sendall(head.encode("latin-1") + body)
+        else:
+            sock.sendall(head.encode("latin-1"))
+            sock.sendall(body)
+        data = sock.recv(_JOIN_BELOW)
+        while b"\r\n\r\n" not in data:
+            more = sock.recv(_JOIN_BELOW) if data and len(data) <= _MAX_HEAD else b""
+            if not more:
+                raise ConnectionResetError("the connection was closed")
+            data += more
+        text, _, rest = data.partition(b"\r\n\r\n")
+        first, *lines = text.decode("latin-1").split("\r\n")
+        found = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        length = found.get("content-length", "")
+        if not first.startswith("HTTP/1.1 ") or not length.isdigit() or "transfer-encoding" in found:
+            raise _NotLean
+        if found.get("connection", "").lower() == "close":
+            raise _NotLean
+        return int(first[9:12]), found.get("inference-header-content-length"), _rest(sock, rest, int(length))
 
     def _open(self) -> http.client.HTTPConnection:
         if self.address.path:
@@ -152,6 +197,26 @@ class Transport:
             if self.connection is not None:
                 self.connection.close()
                 self.connection = None
+
+
+class _NotLean(Exception):
+    """The server writes HTTP in a way that the standard library shall read."""
+
+
+def _rest(sock: socket.socket, start: bytes, length: int) -> bytes:
+    """The body, of which `start` has come already."""
+    if len(start) >= length:
+        return start[:length]
+    body = bytearray(length)
+    body[: len(start)] = start
+    view = memoryview(body)
+    place = len(start)
+    while place < length:
+        count = sock.recv_into(view[place:])
+        if not count:
+            raise ConnectionResetError("the connection was closed in the middle of an answer")
+        place += count
+    return bytes(body)
 
 
 def _is_loopback(connection: http.client.HTTPConnection) -> bool:
