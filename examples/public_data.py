@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 CHUNK = 1 << 18
 TIMEOUT_S = 60.0
@@ -47,6 +48,7 @@ class DataSet:
     file: str
     title: str
     page: str
+    script: str  # the example that downloads it
     archives: tuple[Archive, ...]
     pack: Callable[[list[Path], Path], None]
 
@@ -56,9 +58,9 @@ class DataSet:
             if (folder / self.file).is_file():
                 return folder / self.file
         raise FileNotFoundError(
-            f"{self.title} is not here: {self.file} is neither beside the example nor in SHOAL_DATA nor in the "
-            f"cache. Run `python EXAMPLE.py --download` (from {self.page}), or set SHOAL_DATA to a folder "
-            f"that holds {self.file}"
+            f"{self.title} is missing: {self.file} is neither beside the example, nor in SHOAL_DATA, nor in "
+            f"the cache. Run `python {self.script} --download` to fetch it ({self.page}), or set SHOAL_DATA "
+            f"to a folder that holds {self.file}"
         )
 
     def ensure(self, here: Path, download: bool) -> Path:
@@ -118,9 +120,9 @@ def fetch(archive: Archive, folder: Path) -> Path:
     target, partial = folder / archive.name, folder / f"{archive.name}.part"
     folder.mkdir(parents=True, exist_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             resumed = answer.status == 206
             total = int(answer.headers.get("Content-Length") or 0) + (have if resumed else 0)
             with partial.open("ab" if resumed else "wb") as stream:
@@ -143,11 +145,11 @@ def fetch(archive: Archive, folder: Path) -> Path:
     return target
 
 
-def _pour(source: object, stream: object) -> Iterator[int]:
+def _pour(source: Any, stream: Any) -> Iterator[int]:
     """Copies in pieces, giving the bytes so far after each."""
     done = 0
-    while piece := source.read(CHUNK):  # type: ignore[attr-defined]
-        stream.write(piece)  # type: ignore[attr-defined]
+    while piece := source.read(CHUNK):
+        stream.write(piece)
         done += len(piece)
         yield done
 

@@ -1,6 +1,6 @@
 """Spoken digits: one second of sound at 8 kHz, ten words, a small network on a mel spectrogram.
 
-python examples/spoken_digits.py --download    fetch the recordings once, train (a minute), write spoken_digits.pt
+python examples/spoken_digits.py --download    fetch the recordings once, train (a minute), write the weights
 python examples/spoken_digits.py --sounds digits    also write WAV files that the network never heard
 shoal optimize examples/spoken_digits.py       compress it for this machine
 
@@ -78,6 +78,7 @@ DATA = DataSet(
     "fsdd_8k.npz",
     "The Free Spoken Digit Dataset",
     "github.com/Jakobovski/free-spoken-digit-dataset",
+    "spoken_digits.py",
     (_ARCHIVE,),
     pack,
 )
@@ -130,7 +131,7 @@ class LogMel(nn.Module):
         sound = samples.to(torch.float32) / 32768
         sound = sound / (sound.square().mean(1, keepdim=True).sqrt() + 1e-4)
         parts = nn.functional.conv1d(sound.unsqueeze(1), self.waves, stride=HOP)
-        cosines, sines = parts.split(FRAME // 2 + 1, dim=1)
+        cosines, sines = torch.split(parts, FRAME // 2 + 1, dim=1)
         power = nn.functional.conv1d(cosines.square() + sines.square(), self.bands)
         return (torch.log(power + 1e-2) * 0.25).unsqueeze(1)
 
@@ -191,7 +192,7 @@ def train(epochs: int = 14, batch: int = 64) -> nn.Module:
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(inputs))
-        for chosen in order.split(batch):
+        for chosen in torch.split(order, batch):
             outputs = model(spectrogram(vary(inputs[chosen])))
             loss = nn.functional.cross_entropy(outputs, targets[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
@@ -242,7 +243,7 @@ class SpokenDigits(Task):
 def report(model: nn.Module, part: str) -> str:
     samples, digits = split(part)
     with torch.inference_mode():
-        pieces = [model(LogMel()(piece)).argmax(1) for piece in torch.from_numpy(samples).split(256)]
+        pieces = [model(LogMel()(piece)).argmax(1) for piece in torch.split(torch.from_numpy(samples), 256)]
     right = torch.cat(pieces).numpy() == digits
     return f"{part}: {right.mean():.3f} of {len(right)} recordings right"
 
