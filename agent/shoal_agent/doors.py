@@ -41,12 +41,16 @@ class Door:
 def check(doors: Sequence[Door], limit_s: float = LIMIT_S) -> list[Check]:
     """All doors at the same time; one check for each."""
     answers: queue.Queue[tuple[int, Check]] = queue.Queue()
+
+    def ask(number: int, door: Door) -> None:
+        try:
+            answers.put((number, knock(door, limit_s)))
+        except Exception as error:  # a bug here must not look like a door that hangs
+            answers.put((number, Check(_title(door), UNMEASURED, f"the check failed: {error!r}")))
+
     for number, door in enumerate(doors):
         # Daemons: a resolver that hangs must not hold up the end of the process.
-        work = threading.Thread(
-            target=lambda n=number, d=door: answers.put((n, knock(d, limit_s))), daemon=True
-        )
-        work.start()
+        threading.Thread(target=ask, args=(number, door), daemon=True).start()
     found: dict[int, Check] = {}
     with contextlib.suppress(queue.Empty):
         while len(found) < len(doors):
@@ -105,7 +109,7 @@ def _unreached(door: Door, refusals: Sequence[tuple[str, OSError]]) -> Check:
         found = f"{where} did not answer"
         remedy = "Has the controller another address now? Does a firewall close the port?"
     else:
-        found = f"{where}: {_words(refusals[0][1])}"
+        found = "; ".join(f"{ip}: {_words(error)}" for ip, error in refusals) or "its name has no address"
         remedy = "Check this device's network."
     return Check(_title(door), FAILED, found, remedy)
 

@@ -54,7 +54,7 @@ def _libc() -> tuple[int, ...]:
 def fitting_extras(
     architecture: str, python: tuple[int, int], libc: tuple[int, ...], system: str = "linux"
 ) -> list[str]:
-    """Extras of Shoal for which wheels exist on such a machine, best first. Pure; see docs/agent.md."""
+    """Extras of Shoal for which wheels exist on such a machine, best first. Pure."""
     if system != "linux":
         return ["onnxruntime"]
     if architecture not in ("x86_64", "aarch64") or libc < (2, 28):
