@@ -10,6 +10,7 @@ from typing import Any
 STATES = ("ok", "warning", "failed", "unmeasured")
 MAX_ROWS = 200
 MAX_TEXT = 2000
+NOTHING = ("", "[]", "{}")  # facts that say nothing
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Diagnosis:
     def sentence(self) -> str:
         """`2 of 9 checks need you: disk, clock.`"""
         if not self.wrong:
-            return f"All {len(self.checks)} checks are fine."
+            unknown = sum(check.state == "unmeasured" for check in self.checks)
+            fine = len(self.checks) - unknown
+            verb = "check is" if fine == 1 else "checks are"
+            return f"{fine} {verb} fine{f', {unknown} unmeasured' if unknown else ''}."
         names = ", ".join(check.name for check in self.wrong)
         verb = "needs" if len(self.wrong) == 1 else "need"
         return f"{len(self.wrong)} of {len(self.checks)} checks {verb} you: {names}."
@@ -67,7 +71,9 @@ def read(text: str) -> Diagnosis | None:
     transitions = [_transition(item) for item in _rows(value.get("transitions"))]
     return Diagnosis(
         tuple(_check(item) for item in _rows(value["checks"])),
-        tuple(_flat(facts))[:MAX_ROWS] if isinstance(facts, dict) else (),
+        tuple(pair for pair in _flat(facts) if pair[1] not in NOTHING)[:MAX_ROWS]
+        if isinstance(facts, dict)
+        else (),
         tuple(sorted(transitions, key=lambda t: t.time_ms, reverse=True)),
     )
 

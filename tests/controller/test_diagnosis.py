@@ -36,7 +36,9 @@ def test_the_agreed_form() -> None:
 
 def test_all_is_fine() -> None:
     found = diagnosis.read('{"checks": [{"name": "dns", "state": "ok", "found": ""}]}')
-    assert found is not None and found.sentence == "All 1 checks are fine." and found.wrong == ()
+    assert found is not None and found.sentence == "1 check is fine." and found.wrong == ()
+    found = diagnosis.read('{"checks": [{"state": "ok"}, {"state": "ok"}, {}], "facts": {"a": [], "b": ""}}')
+    assert found is not None and found.sentence == "2 checks are fine, 1 unmeasured." and found.facts == ()
 
 
 def test_other_texts_are_not_it() -> None:

@@ -103,3 +103,11 @@ def test_failures_are_grouped_by_reason() -> None:
         ("probe", 2),
         ("silent", 1),
     ]
+
+
+def test_commands_in_a_note() -> None:
+    note = "Run first: shoal controller wheels add --python 3.13 (the wheels); shoal up --lan. Then again."
+    found = [text for text, command in view.commands(note) if command]
+    assert found == ["shoal controller wheels add --python 3.13", "shoal up --lan"]
+    assert "".join(text for text, _ in view.commands(note)) == note
+    assert view.commands("shoal is a word here") == [("shoal is a word here", False)]

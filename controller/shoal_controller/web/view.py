@@ -311,6 +311,20 @@ def series(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
     return [row.get(key) for row in rows]
 
 
+def commands(text: str) -> list[tuple[str, bool]]:
+    """A note cut where its command lines begin and end: [(text, is it a command)].
+
+    A command begins with `shoal ` after a colon, a semicolon or a comma, and ends at the next of them,
+    at a bracket or at the sentence's end.
+    """
+    found: list[tuple[str, bool]] = []
+    at = 0
+    for match in re.finditer(r"(?<=[:;,] )shoal(?:-agent)? .+?(?=\s*[(;,]|\.?\s*$|\.\s)", text):
+        found += [(text[at : match.start()], False), (match[0], True)]
+        at = match.end()
+    return [(part, command) for part, command in [*found, (text[at:], False)] if part]
+
+
 def plural(count: int, noun: str) -> str:
     """`1 device`, `1,204 devices`."""
     word = (
@@ -328,5 +342,5 @@ FILTERS = {
     "size": size, "interval": interval, "words": words, "effect_name": effect_name,
     "class_parts": class_parts, "recipe": recipe,
     "steps": steps, "gates": gates, "change": change, "flatten": flatten, "plural": plural,
-    "sample_value": sample_value, "series": series,
+    "sample_value": sample_value, "series": series, "commands": commands,
 }  # fmt: skip
