@@ -173,8 +173,10 @@ def check_token() -> "Any":
 def check_clock() -> None:
     if time.time() < YEAR_2026:
         say(
-            "Warning: this machine's clock says {}. Joining works all the same: the controller's certificates "
-            "do not depend on it. Set it, so that logs make sense.".format(time.strftime("%Y-%m-%d"))
+            "Warning: this machine's clock says {}. Joining works all the same: the controller's "
+            "certificates do not depend on it. Set it, so that logs make sense.".format(
+                time.strftime("%Y-%m-%d")
+            )
         )
 
 
@@ -216,19 +218,17 @@ def check_place(prefix: str, chosen: "Any") -> None:
 @contextlib.contextmanager
 def locked(prefix: str) -> "Iterator[None]":
     """One installer at a time. The lock ends with the process, however it ends."""
-    with open(os.path.join(prefix, ".install.lock"), "a+") as stream:
+    folder = os.open(os.path.join(prefix, "agent"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            stream.seek(0)
             raise Refused(
-                "Another installer (process {}) works on {}. Wait for it, then run the line again if it "
-                "failed.".format(stream.read().strip() or "unknown", prefix)
+                f"Another installer works on {prefix}. Wait for it; if it fails, run the line again."
             ) from None
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
         yield
+    finally:
+        os.close(folder)
 
 
 # ------------------------------------------------------------------ fetching
@@ -336,7 +336,7 @@ def fetch_all(base: str, chosen: "Any", folder: str) -> None:
     for one in chosen["files"]:
         fetch(base, one, folder)
         done += one["size"]
-        say("  {:3.0f} %  {}".format(100 * done / total, one["name"]))
+        say("  {:3.0f} %  {}".format(100 * done / total, " ".join(one["name"].split("-")[:2])))
 
 
 # ------------------------------------------------------------------ installing

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from importlib import metadata
@@ -42,7 +43,7 @@ class WheelFile:
     version: str
     requires: tuple[str, ...]  # its Requires-Dist lines
     glibc: tuple[int, int]  # the oldest that it accepts; (0, 0) for pure Python
-    installed_bytes: int  # on disk, unpacked
+    sizes: Mapping[str, int]  # path inside -> bytes on disk, unpacked
 
 
 def read(path: Path) -> WheelFile:
@@ -69,7 +70,7 @@ def read(path: Path) -> WheelFile:
         version=str(version),
         requires=tuple(HeaderParser().parsestr(text).get_all("Requires-Dist") or ()),
         glibc=min((glibc_of(tag.platform) for tag in tags), default=(0, 0)),
-        installed_bytes=sum(-(-entry.file_size // BLOCK) * BLOCK for entry in entries),
+        sizes={entry.filename: -(-entry.file_size // BLOCK) * BLOCK for entry in entries},
     )
 
 
@@ -106,7 +107,7 @@ def own_wheel(folder: Path) -> Path:
     files[f"{info}/entry_points.txt"] = points
     if (project / "LICENSE").is_file():
         files[f"{info}/licenses/LICENSE"] = (project / "LICENSE").read_bytes()
-    return _write("shoal", version, files, folder)
+    return write("shoal", version, files, folder)
 
 
 def rebuild(name: str, folder: Path) -> Path:
@@ -137,7 +138,7 @@ def rebuild(name: str, folder: Path) -> Path:
             f"Install it again: python -m pip install --force-reinstall {name}",
         )
     files = {inner: data for inner, data in files.items() if not inner.endswith(".dist-info/WHEEL")}
-    return _write(canonicalize_name(name).replace("-", "_"), distribution.version, files, folder)
+    return write(canonicalize_name(name).replace("-", "_"), distribution.version, files, folder)
 
 
 def _editable_project(distribution: metadata.Distribution) -> Path | None:
@@ -197,7 +198,7 @@ def _read_project(path: Path) -> tuple[str, bytes, bytes]:
     return project["version"], ("\n".join(lines) + "\n\n").encode(), points.encode()
 
 
-def _write(name: str, version: str, files: dict[str, bytes], folder: Path) -> Path:
+def write(name: str, version: str, files: dict[str, bytes], folder: Path) -> Path:
     """A pure wheel of `files` (path inside -> bytes); its bytes depend on nothing else."""
     info = f"{name}-{version}.dist-info"
     files = {
@@ -216,6 +217,7 @@ def _write(name: str, version: str, files: dict[str, bytes], folder: Path) -> Pa
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
     path = folder / f"{name}-{version}-py3-none-any.whl"
+    path.unlink(missing_ok=True)  # never in place: another set may hold the same file
     path.write_bytes(buffer.getvalue())
     return path
 

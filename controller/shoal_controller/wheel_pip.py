@@ -177,6 +177,11 @@ def remedy(wanted: str, target: Target, source: Source) -> str:
     if source.folder:
         again = f"shoal controller wheels add --platform {target.platform} --python {target.python}"
         return f"Put it there, or fill the store from the registry: {again}"
+    return no_wheel(target)
+
+
+def no_wheel(target: Target) -> str:
+    """What to do where the registry has nothing of what every agent needs."""
     if target.platform in ("armv7l", "armv6l", "i686"):
         return "Every agent needs it, so 32-bit systems cannot run one; install a 64-bit system (aarch64)."
     return "Every agent needs it; choose another --python (3.10 to 3.13 have wheels for aarch64 and x86_64)."

@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from shoal_controller.clock import Clock, now_ms
 from shoal_controller.wheel_closure import Target
 from shoal_controller.wheel_pip import RUNTIMES, Source
 from shoal_protos import __version__
-from shoal_protos.errors import Conflict, InvalidInput, NotFound, ShoalError, TamperedData
+from shoal_protos.errors import Conflict, InvalidInput, NotFound, ShoalError
 
 ALWAYS = ("agent", "client")  # extras of every set
 DEFAULT_EXTRAS = ("onnxruntime",)
@@ -46,7 +47,7 @@ SCHEMA = 1
 MAX_ROUNDS = 4  # of asking pip for what its own Python's markers hid
 # Files of packages that a device never opens: a second copy of ONNX Runtime for C programs (27 to 36 MB),
 # and tests. See docs/decisions/0005-what-a-device-does-not-install.md.
-LEFT_OUT = ("onnxruntime/capi/libonnxruntime.so.*", "numpy/**/tests")
+LEFT_OUT = ("onnxruntime/capi/libonnxruntime.so.*", "numpy/*/tests")
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,12 @@ def _collect(
 
 def _add_pip(fresh: Path, source: Source, say: Callable[[str], None]) -> str:
     """pip's own wheel, which installs the others: the newest, or the one that runs here."""
+    if source.folder is not None:
+        there = sorted(source.folder.glob("pip-*-py3-none-any.whl"), key=lambda path: path.stat().st_mtime)
+        if there:
+            (fresh / there[-1].name).unlink(missing_ok=True)
+            return shutil.copyfile(there[-1], fresh / there[-1].name).name
+        return wheel_files.rebuild("pip", fresh).name
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
     try:
         return wheel_pip.download(["pip"], (), Target("any", here), source, fresh, say).pop()
@@ -293,7 +300,7 @@ def _write_set(
         glibc=wheel_pip.text_of(max(wheel.glibc for wheel in wheels)),
         version=__version__,
         files=tuple(_describe(wheel.path) for wheel in wheels),
-        installed_bytes=sum(wheel.installed_bytes for wheel in wheels if wheel.name != "pip"),
+        installed_bytes=sum(installed_bytes(wheel) for wheel in wheels if wheel.name != "pip"),
         added_ms=time_ms,
     )
     text = json.dumps({"schema": SCHEMA, **dataclasses.asdict(made)}, indent=1)
@@ -302,11 +309,23 @@ def _write_set(
     return made
 
 
+def installed_bytes(wheel: wheel_files.WheelFile) -> int:
+    """What an installed wheel takes on a device's disk, without what the installer removes."""
+    return sum(
+        size
+        for name, size in wheel.sizes.items()
+        if not any(fnmatch(name, rule) or fnmatch(name, f"{rule}/*") for rule in LEFT_OUT)
+    )
+
+
 def _describe(path: Path) -> SetFile:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     RealFs().fsync(path)
-    return SetFile(path.name, digest, path.stat().st_size)
+    return SetFile(path.name, digest(path), path.stat().st_size)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------- keeping
@@ -326,21 +345,6 @@ def remove(directory: Path, name: str) -> Set:
         RealFs().fsync_directory(directory)
         shutil.rmtree(gone)
         return present
-
-
-def check(directory: Path, item: Set) -> None:
-    """Raises TamperedData if a wheel on disk is not the one that the set names."""
-    for file in item.files:
-        path = directory / item.name / file.name
-        if not path.is_file() or _describe(path) != file:
-            raise TamperedData(
-                f"The wheel {file.name} of {item.name} is damaged.",
-                f"Add the set again: {add_command(item.platform, item.python)}",
-            )
-
-
-def add_command(platform: str, python: str) -> str:
-    return f"shoal controller wheels add --platform {platform} --python {python}"
 
 
 def swap(fresh: Path, target_folder: Path) -> None:

@@ -58,10 +58,10 @@ def create(directory: Path) -> ASGIApp:
         ],
         exception_handlers={NotFound: missing, 404: missing},
     )
-    return _Bounded(app)
+    return Bounded(app)
 
 
-class _Bounded:
+class Bounded:
     """Counts transfers, ends stalled ones, and marks every answer as the controller's."""
 
     def __init__(self, app: ASGIApp) -> None:
