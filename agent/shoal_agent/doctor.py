@@ -87,7 +87,7 @@ def examine(who: Patient) -> list[Check]:
     for thread in work:
         thread.start()
     quick = {name: _safe(name, check, who) for name, check in _QUICK.items()}
-    end = time.monotonic() + doors.LIMIT_S + 1.5
+    end = time.monotonic() + doors.LIMIT_S + 0.8
     for thread in work:
         thread.join(max(0.0, end - time.monotonic()))
     late = {name: [Check(name, UNMEASURED, "no answer in time")] for name in _SLOW if name not in slow}

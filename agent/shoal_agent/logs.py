@@ -42,10 +42,23 @@ def tail(file: Path, limit: int) -> bytes:
 
 
 def report(directory: Path, limit: int = REPORT_BYTES) -> bytes:
-    """The last lines of every log, together at most `limit` bytes."""
-    share = limit // len(NAMES) - 32
-    parts = [f"==> {name}.log\n".encode() + tail(path(directory, name), share) for name in NAMES]
+    """The last lines of every log, together at most `limit` bytes; what a short one leaves over goes to
+    the others."""
+    left = limit - 32 * len(NAMES)
+    texts: dict[str, bytes] = {}
+    shortest_first = sorted(NAMES, key=lambda name: _size(path(directory, name)))
+    for done, name in enumerate(shortest_first):
+        texts[name] = tail(path(directory, name), max(0, left // (len(NAMES) - done)))
+        left -= len(texts[name])
+    parts = [f"==> {name}.log\n".encode() + texts[name] for name in NAMES]
     return b"\n".join(parts)[-limit:]
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def trim(directory: Path) -> None:
