@@ -13,6 +13,7 @@ from shoal_optimizer.checks import data, exporting, model, source
 from shoal_optimizer.checks.report import CheckReport as CheckReport
 from shoal_optimizer.checks.report import Item as Item
 from shoal_optimizer.task import Task, load_task
+from shoal_optimizer.weights import require_torch
 from shoal_protos.errors import InvalidInput, ShoalError
 
 EPOCHS = 10.0  # what one network of a search trains, about
@@ -55,6 +56,7 @@ def check(
 
 def _load(report: CheckReport, path: Path) -> Task | None:
     try:
+        require_torch()
         task = load_task(path)
     except ShoalError as error:
         report.fail("declarations", error.message, error.remedy)

@@ -102,7 +102,7 @@ def new(
     own, note = None, ""
     if model:
         own = models.bring(model, weights, path.parent, found.decided)
-        note = _scale(own, found)
+        note = _scale(own, found, size is not None or source.suffix != "")
     write.pack_data(found, packed)
     path.write_text(
         write.text(
@@ -177,11 +177,15 @@ def _read(
     )
 
 
-def _scale(own: models.OwnModel, found: Found) -> str:
+def _scale(own: models.OwnModel, found: Found, sized: bool) -> str:
     """Chooses how the network is fed; returns what the file says about it."""
     sentence, knows = models.choose_scaling(own, found)
     assert own.scaling is not None
     found.decided.append(f"{sentence} It is fed {own.scaling.title}.")
+    if found.input_kind == "image" and not sized:
+        found.warnings.append(
+            "If your network was trained on pictures of another size, give that: --size 32."
+        )
     if not knows:
         found.warnings.append(
             "The network does no better than chance on these data, however they are scaled. Is it trained, "

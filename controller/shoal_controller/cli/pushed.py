@@ -20,19 +20,13 @@ class PlainState:
 
     profile_class: str
     devices: int  # of the fleet
-    variant: str = ""
     state: str = "converting"
-    accuracy: float | None = None
-    size_bytes: int | None = None
 
 
 COLUMNS = (
     Column("class", lambda s: s.profile_class, "id"),
     Column("devices", lambda s: s.devices, "number"),
-    Column("plain_variant", lambda s: s.variant),
-    Column("state", lambda s: s.state),
-    Column("accuracy", lambda s: s.accuracy, "points"),
-    Column("size", lambda s: s.size_bytes, "bytes"),
+    Column("plain_variant", lambda s: s.state, "status"),
 )
 
 
@@ -47,21 +41,19 @@ def plain_states(
 
 
 def _state(name: str, devices: int, plain: Sequence[schemas.Variant]) -> PlainState:
-    found = [(v, f) for v in plain for f in v.classes if f.profile_class == name]
+    found = [f for v in plain for f in v.classes if f.profile_class == name]
     if not found:
         return PlainState(name, devices)
-    variant, figures = max(found, key=lambda pair: (pair[1].serving, pair[1].on_front))
-    accuracy = figures.accuracy.value if figures.accuracy else None
-    return PlainState(name, devices, variant.name, _word(figures, devices), accuracy, variant.size_bytes)
+    figures = max(found, key=lambda f: (f.serving, f.on_front))
+    return PlainState(name, devices, _word(figures))
 
 
-def _word(figures: schemas.VariantFigures, devices: int) -> str:
+def _word(figures: schemas.VariantFigures) -> str:
     if figures.serving:
-        return f"passed its probe, serves on {figures.serving}"
+        return f"serves on {figures.serving}"
     latency = figures.latency_p95_ms
-    if latency is not None and latency.source == "probe":
-        return "passed its probe"
-    return "converted, not probed yet" if devices else "converted, no device yet"
+    proven = latency is not None and latency.source == "probe"
+    return "passed its probe" if proven else "not probed yet"
 
 
 def next_command(model: str, fleet: int, endpoints: Sequence[schemas.Endpoint]) -> str:

@@ -177,7 +177,7 @@ def check_opened(report: CheckReport, opened: Opened) -> None:
     if strangers:
         report.fail(
             "reads",
-            f"The task read {shortened([str(p) for p in strangers], 3)}, which would not travel.",
+            f"The task read {' and '.join(str(p) for p in strangers[:3])}, which would not travel.",
             "Put it beside the task file, name it in `files`, and open it by Path(__file__).parent.",
         )
 

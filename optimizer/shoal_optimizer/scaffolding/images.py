@@ -92,12 +92,16 @@ def read(
     )
     if unreadable:
         names = shortened([str(path.relative_to(folder)) for path in unreadable], 5)
-        found.warnings.append(f"{len(unreadable)} pictures cannot be read and are left out: {names}.")
+        found.warnings.append(f"{_count(len(unreadable), 'picture')} cannot be read, left out: {names}.")
     if empty:
         found.warnings.append(f"No picture is in {shortened(empty)}: no such class.")
     if other:
-        found.warnings.append(f"{other} files are no pictures and are left out.")
+        found.warnings.append(f"{_count(other, 'file')} without a picture, left out.")
     return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _list(folder: Path) -> tuple[list[_Picture], list[str], int]:

@@ -233,7 +233,7 @@ def _features(columns: Sequence[_Column]) -> tuple[list[_Column], list[str]]:
 
 
 def _counts_rows(values: np.ndarray) -> bool:
-    return len(values) > 10 and bool((np.diff(values) == 1).all())
+    return len(values) > 10 and values[0] in (0, 1) and bool((np.diff(values) == 1).all())
 
 
 def _encode(columns: Sequence[_Column]) -> tuple[Table, np.ndarray, list[str]]:
