@@ -285,16 +285,27 @@ def few_colours(image: Image.Image) -> Image.Image:
 
 
 @pytest.mark.skipif(not os.environ.get("SHOAL_SCREENSHOTS"), reason="set SHOAL_SCREENSHOTS=1 to write docs/")
-def test_screenshots(browser: Any, small_server: Served, huge_server: Served) -> None:
+def test_screenshots(browser: Any, small_server: Served, huge_server: Served, empty_server: Served) -> None:
     SHOTS.mkdir(exist_ok=True)
+    troubled = Served(fleets.troubled())
     views = [("fleet", small_server, "/"), ("fleet-10000", huge_server, "/"), ("models", small_server, "/models/digits"),
-             ("rollout", small_server, "/rollouts/r-0002"), ("findings", small_server, "/findings"), ("story", small_server, "/story")]  # fmt: skip
+             ("rollout", small_server, "/rollouts/r-0002"), ("findings", small_server, "/findings"), ("story", small_server, "/story"),
+             ("fleet-empty", empty_server, "/"), ("join", troubled, "/join"), ("device", troubled, "/devices/well"),
+             ("device-failing", troubled, "/devices/failing"), ("device-never", troubled, "/devices/never")]  # fmt: skip
+    wanted = os.environ["SHOAL_SCREENSHOTS"].split(",")
     for name, served, path in views:
         for scheme in ("light", "dark"):
+            if wanted != ["1"] and name not in wanted:
+                continue
             with opened(browser, served, color_scheme=scheme) as page:
                 page.goto(path)
                 settle(page)
                 page.wait_for_selector(LIVE)
+                if name in ("join", "fleet-empty"):
+                    page.click("text=Make the join line")
+                    page.wait_for_selector("text=Run this on the device")
+                    page.wait_for_selector(LIVE)
                 page.wait_for_timeout(300)
                 image = Image.open(BytesIO(page.screenshot())).convert("RGB")
                 few_colours(image).save(SHOTS / f"{name}-{scheme}.png", optimize=True)
+    troubled.stop()
