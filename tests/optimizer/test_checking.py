@@ -14,6 +14,7 @@ import pytest
 from shoal_optimizer import checking
 from shoal_optimizer.checking import CheckReport
 from shoal_optimizer.declared import declared_files, imported_modules, local_modules
+from shoal_protos.errors import InvalidInput
 
 TASK = """
 import numpy as np
@@ -87,7 +88,7 @@ def test_a_good_task(write_task: Write) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(checking.InvalidInput, match="no task file"):
+    with pytest.raises(InvalidInput, match="no task file"):
         checking.check(tmp_path / "gone.py")
 
 

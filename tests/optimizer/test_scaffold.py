@@ -124,7 +124,7 @@ class TestTables:
         refused("a,b\n1,\n2,\n", "No row has")
 
     def test_texts_among_numbers_count_as_missing(self, tmp_path: Path) -> None:
-        rows = [
+        rows: list[list[Any]] = [
             ["a", "b", "class"],
             *[[i * i % 11, "broken" if i == 7 else i % 5, "xy"[i % 2]] for i in range(60)],
         ]
@@ -237,7 +237,7 @@ class TestArrays:
             "x_train": RNG.integers(0, 255, (40, 3, 9, 9), np.uint8), "y_train": np.arange(40) % 2,
             "x_test": RNG.integers(0, 255, (10, 3, 9, 9), np.uint8), "y_test": np.arange(10) % 2,
         }  # fmt: skip
-        np.savez(tmp_path / "p.npz", **arrays)
+        np.savez(tmp_path / "p.npz", **arrays)  # type: ignore[arg-type]
         made = scaffold.new(tmp_path / "p.npz")
         assert dict(made.facts)["items"] == "50: 40 train, 10 judge"
         assert any("Channels are moved last" in sentence for sentence in made.decided)
@@ -295,14 +295,15 @@ def arrays(tmp_path: Path) -> Path:
 
 def trained_weights(path: Path, **wrapping: str) -> Path:
     """Weights of `net.make()` that are right for inputs scaled to mean 0, spread 1."""
-    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    first, last = nn.Linear(4, 16), nn.Linear(16, 2)
+    model = nn.Sequential(first, nn.ReLU(), last)
     with torch.no_grad():
         for part in model.parameters():
             part.zero_()
-        model[0].weight[0, 0] = 1.0
-        model[0].weight[1, 0] = -1.0
-        model[2].weight[1, 0] = 1.0
-        model[2].weight[0, 1] = 1.0
+        first.weight[0, 0] = 1.0
+        first.weight[1, 0] = -1.0
+        last.weight[1, 0] = 1.0
+        last.weight[0, 1] = 1.0
     state = {wrapping.get("prefix", "") + k: v for k, v in model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3} if "wrapper" in wrapping else state, path)
     return path
