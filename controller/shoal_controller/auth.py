@@ -3,6 +3,7 @@ that no web page of somebody else's can reach it through a browser on this machi
 
 from __future__ import annotations
 
+import ipaddress
 from urllib.parse import urlsplit
 
 from shoal_protos.errors import Denied
@@ -18,7 +19,7 @@ def check_host(host_header: str) -> None:
         Denied: the Host header names something else.
     """
     name = _host_name(host_header)
-    if name not in LOOPBACK_NAMES:
+    if name not in LOOPBACK_NAMES and not _is_loopback(name):
         raise Denied(
             f"The controller does not answer to the name '{name[:80]}'.",
             "Use http://127.0.0.1 or http://localhost with the port that `shoal up` printed.",
@@ -39,6 +40,14 @@ def check_origin(method: str, host_header: str, origin: str | None, fetch_site: 
     elif origin is None and fetch_site in (None, "same-origin", "none"):
         return
     raise Denied("A page of another site asked for this change.", "Open the dashboard's own address.")
+
+
+def _is_loopback(name: str) -> bool:
+    """A literal address is no name that could be made to resolve here."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _host_name(host_header: str) -> str:
