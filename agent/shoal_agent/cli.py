@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
         return OK
+    except OSError as error:  # a full disk, a file system mounted read-only
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"shoal-agent: {where}{error.strerror or error}. Look with: shoal-agent doctor"
+        print(text, file=sys.stderr)  # noqa: T201
+        return FAILED
 
 
 def exit_code(error: ShoalError) -> int:

@@ -256,7 +256,8 @@ def _proxies(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _excepted(address: str, environ: Mapping[str, str]) -> bool:
     host = address.rpartition(":")[0].strip("[]")
-    rules = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    names = ("no_grpc_proxy", "no_proxy", "NO_PROXY")  # gRPC takes the first that is set
+    rules = next((environ[name] for name in names if environ.get(name)), "")
     return any(_covers(rule.strip().lower(), host.lower()) for rule in rules.split(",") if rule.strip())
 
 

@@ -270,8 +270,8 @@ def _purge(config: Config, plan: _Plan) -> Left:
         check_prefix(Path(prefix))
         for name in _PREFIX_PARTS:
             _remove(Path(prefix) / name)
-        with contextlib.suppress(FileNotFoundError):
-            (Path(prefix) / "install.json").unlink()
+        for name in ("install.json.new", "install.json.tmp", "install.json"):
+            _remove(Path(prefix) / name)
         (removed if _remove_empty(Path(prefix)) else rest).append(prefix)
     return Left(plan.device, plan.told, tuple(removed), tuple(rest))
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from shoal_agent import cli
 from shoal_protos.errors import Conflict, Denied, InvalidInput, ShoalError, Unavailable
-from shoal_protos.tokens import encode
+from shoal_protos.tokens import JoinToken, encode
 from tests.agent.fake_controller import FakeController
 
 
@@ -76,6 +78,22 @@ def test_mistyped_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     token_file.write_text("shj_abcdef")
     assert run("join", "--token-file", str(token_file), "--state-dir", str(tmp_path / "d")) == 2
     assert "mistyped" in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "d"))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    (tmp_path / "token").write_text(
+        encode(JoinToken("f", ("127.0.0.1:1",), ("127.0.0.1:1",), "secret", b"ca"))
+    )
+    arguments = ("--token-file", str(tmp_path / "token"), "--state-dir", str(tmp_path / "d"))
+    assert run("join", "--service", "none", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "shoal-agent doctor" in error
 
 
 def test_run_before_join_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,6 +335,7 @@ def test_names_and_ports(authority: Authority, monkeypatch: pytest.MonkeyPatch) 
         ({"HTTPS_PROXY": "http://ann:secret@p:3128"}, WARNING, "//...@p"),
         ({"https_proxy": "http://p:3128", "no_proxy": "localhost,10.0.0.0/8"}, OK, "not used"),
         ({"grpc_proxy": "http://p:3128", "NO_PROXY": "*"}, OK, "not used"),
+        ({"http_proxy": "http://p:3128", "no_grpc_proxy": "10.0.0.5", "no_proxy": "b"}, OK, "not used"),
     ],
 )
 def test_proxies(environ: dict[str, str], state: str, word: str) -> None:

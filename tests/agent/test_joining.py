@@ -49,8 +49,12 @@ async def test_without_systemd_the_agent_is_started_directly(board: Board) -> No
     assert (await board.agent("service", "status"))[0] == 0
 
     # Joining again with a new token: the same device, new addresses, what was set stays set.
-    code, output = await board.agent("join", "--token-file", board.token(secret="another"))
+    moved = board.controller.agents_address.replace("127.0.0.1", "localhost")
+    code, output = await board.agent(
+        "join", "--token-file", board.token(secret="another", agent_addresses=(moved,))
+    )
     assert code == 0, output
+    assert json.loads((board.paths.identity / "join.json").read_text())["agent_addresses"][0] == moved
     assert "(d-0001)" in output and list(board.controller.devices) == ["d-0001"]
     assert board.pid not in (0, first)
     assert json.loads((board.paths.config).read_text())["http_port"] == 0
