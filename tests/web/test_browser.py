@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -288,15 +289,22 @@ def few_colours(image: Image.Image) -> Image.Image:
 def test_screenshots(browser: Any, small_server: Served, huge_server: Served, empty_server: Served) -> None:
     SHOTS.mkdir(exist_ok=True)
     troubled = Served(fleets.troubled())
+    for name, shown in (("well", "gate-cam"), ("failing", "dock-cam"), ("never", "shed-cam")):
+        fleets.named(troubled.fleet, name).name = shown
+    fleets.named(troubled.fleet, "shed-cam").joined_ms = fleets.NOW
     views = [("fleet", small_server, "/"), ("fleet-10000", huge_server, "/"), ("models", small_server, "/models/digits"),
              ("rollout", small_server, "/rollouts/r-0002"), ("findings", small_server, "/findings"), ("story", small_server, "/story"),
-             ("fleet-empty", empty_server, "/"), ("join", troubled, "/join"), ("device", troubled, "/devices/well"),
-             ("device-failing", troubled, "/devices/failing"), ("device-never", troubled, "/devices/never")]  # fmt: skip
+             ("fleet-empty", empty_server, "/"), ("join", troubled, "/join"), ("device", troubled, "/devices/gate-cam"),
+             ("device-failing", troubled, "/devices/dock-cam"), ("device-never", troubled, "/devices/shed-cam")]  # fmt: skip
     wanted = os.environ["SHOAL_SCREENSHOTS"].split(",")
     for name, served, path in views:
         for scheme in ("light", "dark"):
             if wanted != ["1"] and name not in wanted:
                 continue
+            heard = int(time.time() * 1000) - 4000
+            for device in troubled.fleet.devices:
+                if device.connected:
+                    device.last_seen_ms, device.expected_ms = heard, heard + 20_000
             with opened(browser, served, color_scheme=scheme) as page:
                 page.goto(path)
                 settle(page)
