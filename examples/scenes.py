@@ -5,9 +5,9 @@ cite Stallkamp et al. 2012), cut out along the sign's shape and matched in brigh
 photographs are those that come with the package scikit-image. So the boxes are known exactly, and
 accuracy on these scenes says how a detector keeps up under compression, not how it does on a street.
 
-Two layouts of GTSRB are read, from the task's folder or the one that SHOAL_DATA names: what
-`torchvision.datasets.GTSRB(root, split="train", download=True)` puts on disk, or `gtsrb32_jpeg.npz`
-with train_bytes, train_offsets (JPEG files end to end), train_y, train_track.
+Two layouts of GTSRB are read, from the task's folder or the one that SHOAL_DATA names: `gtsrb32_jpeg.npz`
+as `python examples/signs.py --download` packs it, or what
+`torchvision.datasets.GTSRB(root, split="train", download=True)` puts on disk.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ CATEGORIES: dict[str, tuple[tuple[int, ...], Sequence[tuple[float, float]]]] = {
 LABELS = tuple(CATEGORIES)
 
 # No photograph and no physical sign is in two of the parts that learn and judge.
+# Both sides have smooth and busy ones: else every field would look as strange as the judging side.
 _TRAINING_PHOTOS = (
-    "astronaut.png", "brick.png", "camera.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
-    "hubble_deep_field.jpg", "motorcycle_left.png", "page.png",
+    "astronaut.png", "brick.png", "camera.png", "coffee.png", "coins.png", "gravel.png",
+    "hubble_deep_field.jpg", "moon.png", "motorcycle_left.png", "page.png", "retina.jpg",
 )  # fmt: skip
-_JUDGING_PHOTOS = ("chelsea.png", "ihc.png", "moon.png", "rocket.jpg")
+_JUDGING_PHOTOS = ("chelsea.png", "grass.png", "ihc.png", "rocket.jpg")
 PARTS = {  # part -> (photographs, tracks modulo 5, seed)
     "training": (_TRAINING_PHOTOS, (0, 1, 2), 1),
     "evaluation": (_JUDGING_PHOTOS, (3,), 2),
@@ -88,11 +89,12 @@ def signs(folder: Path, frames: int = 4) -> Signs:
 
 def _source(folder: Path) -> Path:
     for place in (folder, Path(os.environ.get("SHOAL_DATA", "."))):
-        for name in ("gtsrb/GTSRB/Training", "gtsrb32_jpeg.npz"):
+        for name in ("gtsrb32_jpeg.npz", "gtsrb/GTSRB/Training"):
             if (place / name).exists():
                 return place / name
     raise FileNotFoundError(
-        "GTSRB is neither beside detector.py nor in SHOAL_DATA; the docstring of scenes.py says how to get it"
+        "GTSRB is neither beside detector.py nor in the folder that SHOAL_DATA names. "
+        "Run `python examples/signs.py --download` to fetch it (benchmark.ini.rub.de)"
     )
 
 
