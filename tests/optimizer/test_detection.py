@@ -19,8 +19,9 @@ from shoal_agent.runtimes.golden import check_golden, same_answer
 from shoal_agent.telemetry import distances
 from shoal_agent.telemetry.sketches import sketch
 from shoal_optimizer import targets
-from shoal_optimizer.adaptation import difference
+from shoal_optimizer.adaptation import Labelled, adapt, difference
 from shoal_optimizer.boxes import matches
+from shoal_optimizer.data import TaskData
 from shoal_optimizer.evaluation import evaluate_exported, evaluate_model, resampled, score
 from shoal_optimizer.packing import Packed, lineage_of, pack
 from shoal_optimizer.recipe import Applied, Recipe, Step, apply
@@ -390,3 +391,25 @@ def test_matches_are_one_an_image(blobs: Task) -> None:
     data = blobs.required("evaluation")
     outputs = blobs.predict(blobs.original, data.inputs)
     assert len(matches(outputs, data.targets, blobs.box_rule)) == len(data)
+
+
+# ---------------------------------------------------------------------------- the field
+
+
+@pytest.mark.slow
+def test_a_detector_adapts_to_a_darker_noisier_world(blobs: Task) -> None:
+    def field_of(data: TaskData) -> TaskData:
+        random = np.random.default_rng(5)
+        darker = data.inputs * 0.45 + random.normal(0, 6, data.inputs.shape)
+        return TaskData(np.clip(darker, 0, 255).astype(np.uint8), data.targets)
+
+    world = field_of(blobs.required("evaluation"))
+    seen = sketch("image", world.inputs[:120], 0, 255)
+    found = adapt(
+        blobs, seen, Labelled(None, None), lambda inputs: blobs.predict(blobs.original, inputs), seed=0
+    )
+    before = evaluate_model(blobs, blobs.original, world).value
+    after = evaluate_model(blobs, found.model, world).value
+    assert found.verdict.kept, found.verdict.sentence
+    assert after > before + 0.05
+    assert found.evidence.after.metric == "map50"
