@@ -56,7 +56,8 @@ def parse_address(text: str) -> Address:
     """
     text = text.strip()
     if text.startswith("unix:"):
-        return Address(text.removeprefix("unix:").replace("//", "/", 1), "", 0)
+        path = text.removeprefix("unix:")
+        return Address(path.removeprefix("//") if path.startswith("///") else path, "", 0)
     text = text.removeprefix("http://")
     if text.startswith("https://"):
         raise InvalidInput(f"The client does not speak TLS: {text[:100]}.", "Use the device's own agent.")
