@@ -294,23 +294,42 @@ def test_giving_up_says_how_to_go_on(tmp_path: Path) -> None:
     assert all(0 <= d <= most for d, most in zip(delays, longest, strict=True))
 
 
-def test_the_command_is_killed_and_given_again(served: Served, tmp_path: Path) -> None:
-    """`kill -9` in the middle: the next command goes on where the first one was."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_command_is_ended_and_given_again(served: Served, tmp_path: Path, how: signal.Signals) -> None:
+    """`kill -9` or Ctrl-C in the middle: the next command goes on where the first one was."""
     task = tmp_path / "signs.py"
     task.write_text('class Signs:\n    files = ["data.npz"]\n')
     (tmp_path / "data.npz").write_bytes(random.Random(2).randbytes(4_000_000))
     environment = {**os.environ, "SHOAL_URL": served.url, "XDG_CONFIG_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "shoal_controller.cli.main", "model", "push", str(task), "--name", "signs"]
+    command = [
+        sys.executable,
+        "-m",
+        "shoal_controller.cli.main",
+        "model",
+        "push",
+        str(task),
+        "--name",
+        "signs",
+    ]
     room = Uploads(served.controller.services.blobs, 1).room
     # A line that dies after 1.5 MB holds the first command in its retries, where it is killed.
     with proxy(served.port, cuts=[1_500_000, *[0] * 50]) as line:
         slow = {**environment, "SHOAL_URL": f"http://127.0.0.1:{line.port}"}
-        child = subprocess.Popen(command, env=slow, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            command,
+            env=slow,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not any(p.stat().st_size > 500_000 for p in _files(room)):
             time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        child.wait(20)
+        child.send_signal(how)
+        _, said = child.communicate(timeout=20)
+        if how == signal.SIGINT:
+            assert child.returncode == 130 and "the same command goes on from there" in said
     (left,) = _files(room)
     assert left.stat().st_size > 500_000
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
