@@ -145,9 +145,10 @@ def test_a_device_joins_before_your_eyes(browser: Any, running: Running) -> None
         running.join("loom")
         page.wait_for_selector(".arrivals >> text=loom")
         page.fill("[name=uses]", "2")
-        page.click("main >> text=Make a token >> nth=-1")
-        page.wait_for_selector("text=Good for 2 devices until")
-        assert len(page.inner_text(".join li:nth-child(2) code")) > 100
+        page.click("text=Make the join line")
+        page.wait_for_selector("text=for 2 devices, until")
+        assert len(page.inner_text("#join-line .code code >> nth=-1")) > 100
+        page.wait_for_selector("text=2 of 2 uses left")
 
 
 def test_no_ui_leaves_the_api(tmp_path: Path) -> None:
