@@ -229,11 +229,11 @@ class Signs(Task):
 
 
 def write_pictures(folder: Path, count: int = 12) -> None:
-    """JPEG files of scenes that the network never saw, and `boxes.png` with what is in them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """JPEG files of scenes that the network never saw, and `truth/boxes.png` with what is in them."""
+    (folder / "truth").mkdir(parents=True, exist_ok=True)
     for place, pixels in enumerate(scenes("holdout", count, HERE)[0]):
         Image.fromarray(pixels).save(folder / f"scene-{place:02d}.jpg", quality=92)
-    contact_sheet("holdout", HERE, count).save(folder / "boxes.png")
+    contact_sheet("holdout", HERE, count).save(folder / "truth" / "boxes.png")
 
 
 def main() -> None:

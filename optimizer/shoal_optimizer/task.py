@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 SPLITS = ("calibration", "evaluation", "training", "holdout", "shifted")
 STORED_SPLITS = ("calibration", "evaluation", "training")  # the others Shoal never sees
 
+_PREDICT_BYTES = 8 << 20  # of a batch of inputs
+
 _T = TypeVar("_T")
 
 
@@ -348,6 +350,8 @@ class Task:
         """Endpoint outputs [n, ...] of a torch model for endpoint inputs [n, ...], by torch itself."""
         torch = require_torch()
         pipeline = self.pipeline(model)
+        # Large inputs in smaller batches: activations are many times their size.
+        batch = max(1, min(batch, _PREDICT_BYTES // max(inputs[:1].nbytes, 1)))
 
         def forward() -> np.ndarray:
             parts = []
