@@ -1,77 +1,131 @@
 """Bearing faults from vibration: windows of 1024 samples at 12 kHz, ten classes, a 1-D network.
 
-    SHOAL_DATA=FOLDER python examples/bearings.py       train and write bearings.pt beside this file
-    SHOAL_DATA=FOLDER shoal optimize examples/bearings.py
+python examples/bearings.py --download    fetch the recordings once, train (seconds), write bearings.pt
+python examples/bearings.py --windows windows    also write windows that the network never saw, as .npy files
+shoal optimize examples/bearings.py       compress it for this machine
 
-FOLDER holds `cwru_12k.npz` (or put that file beside this one; then `shoal model push` takes it along).
-It is made of the drive-end recordings of the Case Western Reserve University bearing data center
-(engineering.case.edu/bearingdatacenter), arrays: x [n, 1024] int16, scale (g per step), y [n], load [n]
-in hp, src [n] (recording), is_test [n] (last quarter of each recording), classes (names).
+The recordings are the drive-end ones of the Case Western Reserve University bearing data center
+(engineering.case.edu/bearingdatacenter, public, no licence stated). `cwru_12k.npz` holds them in windows:
+x [n, 1024] int16, y [n], load [n] in hp, src [n] (recording, windows in the order of time); public_data.py
+says where it is looked for.
 
-The network learns the machine at load 0; `shifted()` is the same machine at load 3.
+The network learns the machine at load 0; `shifted()` is the same machine at load 3, where the healthy
+bearing was not recorded.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from public_data import Archive, DataSet, locate
 from torch import Tensor, nn
 
 from shoal_optimizer import Task, TensorSpec
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "bearings.pt"
-DATA = "cwru_12k.npz"
+QUICK = bool(os.environ.get("SHOAL_QUICK"))
 CLASSES = ("Normal", "B007", "B014", "B021", "IR007", "IR014", "IR021", "OR007", "OR014", "OR021")
-SCALE = 0.00020305  # g per step
+SCALE = 0.00020305010877320648  # g per step
+WINDOW = 1024
+
+# ---------------------------------------------------------------------------- data
+
+# Number of the first recording of a class, at load 0; those at loads 1 to 3 follow it.
+_FIRST = {
+    "B007": 118, "B014": 185, "B021": 222, "IR007": 105, "IR014": 169, "IR021": 209,
+    "OR007": 130, "OR014": 197, "OR021": 234,
+}  # fmt: skip
+_RECORDINGS = [(name, load, first + load) for name, first in _FIRST.items() for load in range(4)]
+_RECORDINGS.append(("Normal", 0, 97))
+
+
+def pack(places: list[Path], target: Path) -> None:
+    """Writes `target` from the public MATLAB files. The healthy recording has 48 kHz and is decimated."""
+    from scipy.io import loadmat
+    from scipy.signal import decimate
+
+    arrays: dict[str, list[np.ndarray]] = {"x": [], "y": [], "load": [], "src": []}
+    for source, (name, load, number) in enumerate(_RECORDINGS):
+        stored = loadmat(locate(places, f"{number}.mat"))
+        key = next(key for key in stored if re.fullmatch(rf"X0*{number}_DE_time", key))
+        signal = stored[key].ravel()
+        if name == "Normal":
+            signal = decimate(signal, 4, ftype="fir")
+        count = len(signal) // WINDOW
+        steps = np.clip(np.rint(signal[: count * WINDOW] / SCALE), -32768, 32767)
+        arrays["x"].append(steps.astype(np.int16).reshape(count, WINDOW))
+        for field, value in (("y", CLASSES.index(name)), ("load", load), ("src", source)):
+            arrays[field].append(np.full(count, value, np.uint8))
+    np.savez_compressed(target, **{field: np.concatenate(parts) for field, parts in arrays.items()})
+
+
+_BASE = "https://engineering.case.edu/sites/default/files"
+DATA = DataSet(
+    "cwru_12k.npz",
+    "The CWRU bearing data",
+    "engineering.case.edu/bearingdatacenter",
+    "bearings.py",
+    tuple(Archive(f"{_BASE}/{number}.mat") for _, _, number in _RECORDINGS),
+    pack,
+)
 
 
 @cache
-def windows() -> dict[str, np.ndarray]:
-    """The whole recording set, by array name."""
-    for folder in (HERE, Path(os.environ.get("SHOAL_DATA", "."))):
-        if (folder / DATA).is_file():
-            with np.load(folder / DATA, allow_pickle=False) as stored:
-                return {name: stored[name] for name in ("x", "y", "load", "src", "is_test")}
-    raise FileNotFoundError(
-        f"{DATA} is neither beside bearings.py nor in SHOAL_DATA; its docstring says how to get it"
-    )
+def stored() -> dict[str, np.ndarray]:
+    """The packed arrays by name, once."""
+    with np.load(DATA.find(HERE), allow_pickle=False) as packed:
+        return {name: packed[name] for name in ("x", "y", "load", "src")}
 
 
-def split(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Windows [n, 1024] int16 and classes [n] int64 of "training", "evaluation", "holdout" or "shifted".
+def places(part: str) -> np.ndarray:
+    """Which windows belong to a part.
 
-    Neighbouring windows of a recording look alike, so parts are cut by time, never at random: the last
-    quarter of each recording evaluates (first half of it) and is held out (second half).
+    Neighbouring windows of a recording look alike, so parts are cut by time, never at random: of each
+    recording, the first half trains, the next quarter evaluates, and Shoal never sees the last quarter.
     """
-    data = windows()
+    data = stored()
     if part == "shifted":
-        chosen = np.flatnonzero(data["load"] == 3)
-        chosen = np.random.default_rng(0).permutation(chosen)
-    else:
-        calm = data["load"] == 0
-        late = np.zeros(len(calm), bool)
-        for recording in np.unique(data["src"][calm]):
-            own = np.flatnonzero(calm & (data["src"] == recording) & (data["is_test"] == 1))
-            late[own[len(own) // 2 :]] = True
-        wanted = {
-            "training": calm & (data["is_test"] == 0),
-            "evaluation": calm & (data["is_test"] == 1) & ~late,
-            "holdout": late,
-        }[part]
-        chosen = np.random.default_rng(0).permutation(np.flatnonzero(wanted))
-    return data["x"][chosen], data["y"][chosen].astype(np.int64)
+        return np.flatnonzero(data["load"] == 3)
+    first, last = {"training": (0, 0.5), "evaluation": (0.5, 0.75), "holdout": (0.75, 1)}[part]
+    chosen = []
+    for recording in np.unique(data["src"][data["load"] == 0]):
+        own = np.flatnonzero(data["src"] == recording)
+        chosen.append(own[int(first * len(own)) : int(last * len(own))])
+    return np.concatenate(chosen)
 
 
-class InG(nn.Module):
-    """From raw samples [n, 1024] to [n, 1, 1024] acceleration in g."""
+@cache
+def split(part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Windows [n, 1024] int16 and classes [n] int64 of one part, in a fixed random order."""
+    chosen = np.random.default_rng(0).permutation(places(part))
+    if QUICK:
+        chosen = chosen[:200]
+    return stored()["x"][chosen], stored()["y"][chosen].astype(np.int64)
+
+
+# ---------------------------------------------------------------------------- network
+
+
+class Standardize(nn.Module):
+    """From raw samples [n, 1024] to [n, 1, 1024] with mean 0 and deviation 1 in each window.
+
+    How strongly a machine shakes says more about its load, its mounting and its surroundings than about the
+    fault; what is left is the form of the vibration.
+    """
 
     def forward(self, samples: Tensor) -> Tensor:
-        return (samples.to(torch.float32) * SCALE).unsqueeze(1)
+        # By way of INT32: OpenVINO takes INT16 and a scale before quantized layers for quantized inputs.
+        steps = samples.to(torch.int32).to(torch.float32)
+        centred = steps - steps.mean(1, keepdim=True)
+        deviation = centred.square().mean(1, keepdim=True).sqrt()
+        return (centred / (deviation + 1)).unsqueeze(1)
 
 
 def block(channels_in: int, channels_out: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -93,26 +147,27 @@ def network() -> nn.Module:
 
 
 def vary(samples: Tensor) -> Tensor:
-    """Another gain and a circular shift for each window."""
-    gain = 0.8 + 0.4 * torch.rand(len(samples), 1)
-    return torch.roll(samples.to(torch.float32), int(torch.randint(0, samples.shape[1], ())), dims=1) * gain
+    """Another gain and start for each window of a batch [n, 1024], whose end is joined to its start."""
+    count = len(samples)
+    gain = 0.8 + 0.4 * torch.rand(count, 1)
+    moved = (torch.arange(WINDOW) + torch.randint(0, WINDOW, (count, 1))) % WINDOW
+    return samples.to(torch.float32).gather(1, moved) * gain
 
 
-def train(epochs: int = 12, batch: int = 32) -> nn.Module:
+def train(epochs: int = 16, batch: int = 32) -> nn.Module:
     """Trains from scratch in a few seconds on one CPU core."""
     torch.manual_seed(0)
     samples, classes = split("training")
     inputs, targets = torch.from_numpy(samples), torch.from_numpy(classes)
-    model, in_g = network(), InG()
+    model, standardize = network(), Standardize()
+    epochs = 3 if QUICK else epochs
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-3)
     steps = -(-len(inputs) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=epochs * steps)
     model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(inputs))
-        for start in range(0, len(inputs), batch):
-            chosen = order[start : start + batch]
-            loss = nn.functional.cross_entropy(model(in_g(vary(inputs[chosen]))), targets[chosen])
+        for chosen in torch.split(torch.randperm(len(inputs)), batch):
+            loss = nn.functional.cross_entropy(model(standardize(vary(inputs[chosen]))), targets[chosen])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -123,11 +178,13 @@ def train(epochs: int = 12, batch: int = 32) -> nn.Module:
 class Bearings(Task):
     """Which fault does the bearing have?"""
 
-    input = TensorSpec("vibration", "INT16", (-1, 1024), "NT", low=-32768, high=32767)
+    input = TensorSpec("vibration", "INT16", (-1, WINDOW), "NT", low=-32768, high=32767)
     input_kind = "series"
     output_kind = "logits"
+    sample_rate = 12_000
     units = "0.000203 g"
     labels = CLASSES
+    files = ("public_data.py",)
     optional_files = ("cwru_12k.npz", "bearings.pt")
 
     def model(self) -> nn.Module:
@@ -138,7 +195,7 @@ class Bearings(Task):
         return model
 
     def preprocess(self) -> nn.Module:
-        return InG()
+        return Standardize()
 
     def training(self):  # type: ignore[no-untyped-def]
         return split("training")
@@ -156,11 +213,45 @@ class Bearings(Task):
         return vary(samples)
 
 
-if __name__ == "__main__":
+# ---------------------------------------------------------------------------- the script
+
+
+def report(model: nn.Module, part: str) -> str:
+    samples, classes = split(part)
+    with torch.inference_mode():
+        answers = model(Standardize()(torch.from_numpy(samples))).argmax(1).numpy()
+    missing = [CLASSES[number] for number in sorted(set(range(len(CLASSES))) - set(classes.tolist()))]
+    none = f"; none of {', '.join(missing)}" if missing else ""
+    return f"{part}: {np.mean(answers == classes):.3f} of {len(classes)} windows right{none}"
+
+
+def write_windows(folder: Path) -> None:
+    """One window of each class that the network never saw: [1024] int16, as the sensor gives it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples, classes = split("holdout")
+    for number, name in enumerate(CLASSES):
+        if (classes == number).any():
+            np.save(folder / f"{name}.npy", samples[np.flatnonzero(classes == number)[0]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the bearing network.")
+    parser.add_argument("--download", action="store_true", help="fetch the public data set if it is missing")
+    parser.add_argument("--windows", type=Path, metavar="DIR", help="also write ten windows to try it with")
+    options = parser.parse_args()
+    try:
+        DATA.ensure(HERE, options.download)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
+    if options.windows:
+        write_windows(options.windows)
+        print(f"{options.windows}: windows to try it with")
     trained = train()
     torch.save(trained.state_dict(), WEIGHTS)
-    for part in ("evaluation", "shifted"):
-        samples, classes = split(part)
-        with torch.inference_mode():
-            answers = trained(InG()(torch.from_numpy(samples))).argmax(1).numpy()
-        print(f"{part}: {np.mean(answers == classes):.3f} of {len(classes)} windows right")
+    print(f"{WEIGHTS.name} written")
+    for part in ("evaluation", "holdout", "shifted"):
+        print(report(trained, part))
+
+
+if __name__ == "__main__":
+    main()

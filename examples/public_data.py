@@ -136,7 +136,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
     else:
         if total and partial.stat().st_size != total:
             raise OSError(
-                f"{archive.url} broke off at {partial.stat().st_size} of {total} bytes; run it again"
+                f"{archive.url} broke off at {partial.stat().st_size} of {total} bytes; run it again to go on"
             )
     if archive.md5 and _md5(partial) != archive.md5:
         partial.unlink()

@@ -219,7 +219,7 @@ def train(epochs: float = 3.2, batch: int = 128) -> nn.Module:
     pictures, classes = split("training")
     inputs, targets = torch.from_numpy(pictures), torch.from_numpy(classes)
     model, scale = network().to(memory_format=torch.channels_last), Scale()  # type: ignore[call-overload]
-    steps = 20 if QUICK else round(epochs * len(inputs) / batch)
+    steps = 12 if QUICK else round(epochs * len(inputs) / batch)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
     )  # fmt: skip

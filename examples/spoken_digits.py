@@ -128,7 +128,8 @@ class LogMel(nn.Module):
         self.bands: Tensor
 
     def forward(self, samples: Tensor) -> Tensor:
-        sound = samples.to(torch.float32) / 32768
+        # By way of INT32: OpenVINO takes INT16, scale and convolution for quantized ones, and refuses.
+        sound = samples.to(torch.int32).to(torch.float32) / 32768
         sound = sound / (sound.square().mean(1, keepdim=True).sqrt() + 1e-4)
         parts = nn.functional.conv1d(sound.unsqueeze(1), self.waves, stride=HOP)
         cosines, sines = torch.split(parts, FRAME // 2 + 1, dim=1)
