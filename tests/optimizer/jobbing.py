@@ -20,7 +20,7 @@ from shoal_protos.v1 import desired_pb2
 Event = dict[str, Any]
 
 
-def local_class(*runtimes: str, local: bool = True) -> dict[str, Any]:
+def local_class(*runtimes: str, local: bool = True, emulated: bool = False) -> dict[str, Any]:
     """This machine's class with some of its runtimes, as `job.json` has it."""
     names = runtimes or ("onnxruntime", "openvino")
     return {
@@ -28,6 +28,7 @@ def local_class(*runtimes: str, local: bool = True) -> dict[str, Any]:
         "isa": sorted(machine_isa()),
         "runtimes": dict.fromkeys(names, "1.0"),
         "local": local,
+        "emulated": emulated,
     }
 
 
@@ -62,7 +63,9 @@ def only(events: Iterable[Event], name: str) -> Event:
     return found
 
 
-def answer(events: Iterable[Event], layouts: dict[str, str], folder: Path) -> dict[str, str]:
+def answer(
+    events: Iterable[Event], layouts: dict[str, str], folder: Path, *, emulated: bool = False
+) -> dict[str, str]:
     """Answers every trial asked for, as an agent would; outputs land where the worker lays them."""
     events = list(events)
     layouts.update({event["bundle"]: event["layout"] for event in of(events, "variant")})
@@ -80,7 +83,8 @@ def answer(events: Iterable[Event], layouts: dict[str, str], folder: Path) -> di
             kind=desired_pb2.TRIAL_KIND_OUTPUTS if outputs else desired_pb2.TRIAL_KIND_TIMING,
             dataset=add_blob(store, Path(event["dataset"])) if outputs else "",
         )
-        result = bench.execute(trial, store, out, bench.Budget(seconds=0.1, warm_up_seconds=0.05))
+        budget = bench.Budget(seconds=0.1, warm_up_seconds=0.05)
+        result = bench.execute(trial, store, out, budget, emulated=emulated)
         assert result.ok, result.error
         if outputs:
             kept = folder / "in" / "outputs" / f"{result.outputs_blob[7:]}.npz"

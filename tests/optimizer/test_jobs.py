@@ -236,6 +236,35 @@ def test_a_class_that_is_not_here_is_judged_by_its_device(
     assert only(second, "done")["choice"][remote["name"]]["feasible"]
 
 
+def test_a_class_of_emulated_devices_only_is_searched_without_times(
+    ingest: tuple[Path, list[Event]], quadrants_path: Path, tmp_path: Path
+) -> None:
+    pi = local_class("onnxruntime", local=False, emulated=True)
+    spec = optimize_spec(
+        quadrants_path,
+        ingest,
+        classes=[pi],
+        objective="accuracy>=0.5, latency_p95<=5ms; minimise size",
+        budget={"minutes": 0.02, "trials": 2, "networks": 0},
+    )
+    folder = tmp_path / "job"
+    _, first = jobbing.run(folder, spec)
+    for variant in of(first, "variant"):
+        assert variant["classes"][pi["name"]]["source"] == "unmeasured (emulated)"
+    assert {t["kind"] for t in of(first, "trial")} == {"outputs"}  # nobody is asked for times
+    results = jobbing.answer(first, {}, folder, emulated=True)
+    code, second = jobbing.run(folder, {**spec, "trial_results": results})
+    assert code == 0
+    done = only(second, "done")
+    for point in done["fronts"][pi["name"]]:
+        assert point["source"] == "unmeasured (emulated)" and point["latency_p95_ms"] is None
+        assert point["accuracy_source"] == "emulated" and point["accuracy"] > 0.5
+    assert not done["choice"][pi["name"]]["feasible"]  # a limit of time is not known to be met ...
+    assert "latency_p95 is unmeasured" in done["choice"][pi["name"]]["sentence"]  # ... and it says so
+    shown = Path(done["report"]["html"]).read_text()
+    assert "unmeasured (emulated)" in shown and ">emulated<" in shown
+
+
 def test_killed_in_the_middle_it_goes_on(
     ingest: tuple[Path, list[Event]], quadrants_path: Path, tmp_path: Path
 ) -> None:
