@@ -85,7 +85,9 @@ def check_imports(report: CheckReport, task: Path) -> None:
     known = {path.stem if path.suffix else path.name for path in local}
     foreign = []
     distributions = packages_distributions()
-    for name in imported_modules(task.read_text(encoding="utf-8"), task.name):
+    sources = [task, *(f for p in local for f in ([p] if p.suffix else sorted(p.rglob("*.py"))))]
+    imported = [n for f in sources for n in imported_modules(f.read_text(encoding="utf-8"), f.name)]
+    for name in dict.fromkeys(imported):
         if name in known or name in sys.stdlib_module_names:
             continue
         if not {d.lower() for d in distributions.get(name, [])} & PROVIDED and not name.startswith("shoal_"):

@@ -25,6 +25,7 @@ from shoal_protos.errors import InvalidInput
 if TYPE_CHECKING:
     from torch import nn
 
+SCALED_VALUES = 8_000_000  # numbers that mean and spread are taken of, about
 PROBED = 256  # items that choose the scaling
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -244,8 +245,7 @@ def mismatch(wanted: dict[str, Any], stored: dict[str, Any]) -> str:
 def own_scaling(found: Found) -> Scaling:
     """Mean and spread of the training data, per channel or column, missing values left out."""
     data = found.training_inputs
-    if len(data) > 5000:
-        data = data[:: len(data) // 5000]
+    data = data[:: max(1, data.size // SCALED_VALUES)]
     axes: tuple[int, ...] = tuple(range(data.ndim))
     if found.input_kind == "image" or found.table is not None:
         axes = axes[:-1]
