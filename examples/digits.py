@@ -97,6 +97,7 @@ class Digits(Task):
     input_kind = "image"
     output_kind = "logits"
     color = "gray"
+    resize = "stretch"
     labels = tuple("0123456789")
     optional_files = ("digits.pt",)
 

@@ -116,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print JSON")
     _state_dir(status)
 
+    infer = add("infer", _infer, "ask this device's model about pictures, sounds or .npy arrays")
+    infer.add_argument("files", nargs="+", metavar="FILE", help="files, or folders of them")
+    infer.add_argument("--model", default="", help="the endpoint; may be left out where there is one")
+    infer.add_argument("--top", type=int, default=1, metavar="N", help="so many classes each, default 1")
+    infer.add_argument("--address", metavar="HOST:PORT", help="another server (default: this device's agent)")
+    infer.add_argument("--json", action="store_true", help="print one JSON object a file")
+    _state_dir(infer)
+
     doctor = add("doctor", _command("doctor"), "say what is wrong here and what to do about it")
     doctor.add_argument("--json", action="store_true", help="print JSON: checks, facts, last transitions")
     _token_file(doctor)
@@ -190,6 +198,12 @@ def _say(text: str) -> None:
 
 
 # ---------------------------------------------------------------------------- commands
+
+
+def _infer(options: argparse.Namespace) -> int:
+    from shoal_agent import asking
+
+    return asking.infer(options)
 
 
 def _profile(options: argparse.Namespace) -> int:

@@ -1,0 +1,91 @@
+"""`shoal-agent infer`: pictures, sounds or arrays in, names out; for a first try and for shell scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal_agent import config as configs
+from shoal_protos.errors import InvalidInput, NotFound
+
+if TYPE_CHECKING:
+    from shoal_agent.client import Client
+
+
+def infer(options: argparse.Namespace) -> int:
+    """Asks the agent of this machine (or `--address`) about each file and prints a line for each."""
+    from shoal_agent.client import Client  # numpy: only here
+
+    with Client(options.address or _own_address(options), model=options.model) as client:
+        for path in _files(options.files):
+            answers = _ask(client, path, options.top)
+            print(_as_json(path, answers) if options.json else _as_text(path, answers), flush=True)  # noqa: T201
+    return 0
+
+
+def _own_address(options: argparse.Namespace) -> str:
+    """Where this machine's agent answers. Raises NotFound when none does."""
+    config = configs.resolve({"state_dir": options.state_dir}, os.environ)
+    try:
+        ports = json.loads((config.paths.runtime / "status.json").read_bytes())["ports"]
+        if ports["http"]:
+            return f"{ports['host']}:{ports['http']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise NotFound(
+        "No agent serves on this machine.",
+        "Look at `shoal-agent status`, or name one with --address HOST:PORT.",
+    )
+
+
+def _files(names: list[str]) -> Iterator[Path]:
+    """The files named, and those in the folders named."""
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(
+                item for item in path.iterdir() if item.is_file() and not item.name.startswith(".")
+            )
+            if not found:
+                raise InvalidInput(f"{path} holds no file.")
+            yield from found
+        else:
+            yield path
+
+
+def _ask(client: Client, path: Path, top: int) -> list[Any]:
+    """Classes or boxes, best first; for a model of values its numbers."""
+    source: Any = path
+    if path.suffix == ".npy":
+        import numpy as np
+
+        source = np.load(path, allow_pickle=False)
+    kind = client.signature().output_kind
+    if kind == "boxes":
+        return list(client.detect(source))
+    if kind == "logits":
+        return list(client.classify(source, top=top))
+    return [output.tolist() for output in client.infer(source).outputs.values()]
+
+
+def _as_text(path: Path, answers: list[Any]) -> str:
+    return f"{path.name}\t" + ("; ".join(_words(answer) for answer in answers) or "nothing found")
+
+
+def _words(answer: Any) -> str:
+    if hasattr(answer, "probability"):
+        return f"{answer.label} {answer.probability:.0%}"
+    if hasattr(answer, "score"):
+        corners = ", ".join(f"{value:.0f}" for value in (answer.x1, answer.y1, answer.x2, answer.y2))
+        return f"{answer.label} {answer.score:.0%} ({corners})"
+    return str(answer)
+
+
+def _as_json(path: Path, answers: list[Any]) -> str:
+    values = [asdict(answer) if hasattr(answer, "label") else answer for answer in answers]
+    return json.dumps({"file": str(path), "answers": values})
