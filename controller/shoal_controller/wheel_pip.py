@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 from packaging.requirements import Requirement
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
-from shoal_controller.wheel_closure import Target
+from shoal_controller import wheel_files
+from shoal_controller.wheel_closure import NEVER_IMPORTED, Target
 from shoal_controller.wheel_files import glibc_of
 from shoal_protos.errors import ShoalError, Unavailable, Unsupported
 
@@ -83,19 +84,20 @@ def download(
     with tempfile.TemporaryDirectory() as scratch:
         limits = Path(scratch) / "constraints.txt"
         limits.write_text("".join(f"{line}\n" for line in constraints))
-        command = [
-            "download",
-            "--dest",
-            str(folder),
-            "--find-links",
-            str(folder),
-            "--constraint",
-            str(limits),
-        ]
+        stand_ins(Path(scratch))
+        command = ["download", "--dest", str(folder), "--constraint", str(limits)]
+        command += ["--find-links", str(folder), "--find-links", scratch]
         code, lines = _run([*command, *source.options(), *target_options(target), *wanted], source, say)
     if code:
         raise explain("\n".join(lines), target, source, constraints)
     return {Path(found[1]).name for line in lines if (found := CHOSEN.match(line))}
+
+
+def stand_ins(folder: Path) -> None:
+    """Empty wheels of what is declared but never installed: a folder without it is whole all the same."""
+    for name in sorted(frozenset().union(*NEVER_IMPORTED.values())):
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n\n"
+        wheel_files.write(name, "0", {f"{name}-0.dist-info/METADATA": metadata.encode()}, folder)
 
 
 def _run(arguments: Sequence[str], source: Source, say: Callable[[str], None]) -> tuple[int, list[str]]:

@@ -65,7 +65,6 @@ def agent_requirements(folder: Path) -> Path:
     ):
         wheel(folder, name, version)
     wheel(folder, "onnxruntime", "1.32", "numpy>=1.21", "sympy", "old-times; python_version < '3.2'")
-    wheel(folder, "sympy", "1.14")
     pip_wheel(folder)
     return folder
 
