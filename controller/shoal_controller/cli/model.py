@@ -86,8 +86,13 @@ def push_model(
         list[str] | None, typer.Option("--with", help="One more file of the task's folder; repeatable.")
     ] = None,
     note: Annotated[str, typer.Option("--note", help="What is new in this version.")] = "",
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Also make an endpoint of that name, unless the model has one."),
+    ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until it was imported and its baseline known.")
+        bool,
+        typer.Option("--wait", help="Wait until it was imported, and with an endpoint until it is served."),
     ] = False,
     timeout: options.Timeout = "",
     dry_run: options.DryRun = False,
@@ -97,7 +102,7 @@ def push_model(
 
     An interrupted upload goes on where it stopped when the same command is given again.
 
-    Example: shoal model push examples/digits.py --name digits --wait
+    Example: shoal model push examples/digits.py --serve --wait
     """
     name = name or task.stem
     with tempfile.TemporaryDirectory(prefix="shoal-push-") as scratch:
@@ -109,6 +114,8 @@ def push_model(
             return
         with connect(ctx) as client:
             version = _send(client, name, source, note)
+            if serve:
+                pushed.serve(client, version.model or name)
             if wait:
                 output.say(f"{name} v{version.number} is here; importing it, then its baseline.")
                 version = wait_for_version(

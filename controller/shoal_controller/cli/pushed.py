@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,11 @@ from shoal_controller.cli.output import Column
 if TYPE_CHECKING:
     from shoal_controller.api import schemas
     from shoal_controller.client import Client
+
+
+SERVED_WITHIN_S = 60.0  # the promise: a proved plain variant within a minute of a push
+FINAL = ("commit", "rolled_back", "failed")  # steps after which a placement rests
+DEVICES = 500  # looked at while waiting
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,52 @@ def next_command(model: str, fleet: int, endpoints: Sequence[schemas.Endpoint]) 
     return f"Name what applications call: {create}"
 
 
+def serve(client: Client, model: str) -> None:
+    """Makes the endpoint `model` for the model, unless one calls it already.
+
+    Raises:
+        Conflict: another model has the endpoint of that name.
+    """
+    from shoal_controller.api import schemas
+
+    own = [endpoint.name for endpoint in client.endpoints() if endpoint.model == model]
+    if own:
+        output.say(f"Applications call it '{own[0]}' already.")
+        return
+    client.create_endpoint(schemas.EndpointCreate(name=model, model=model))
+    output.say(f"Applications call it '{model}'; each device serves it as soon as it has a proved variant.")
+
+
+def served(devices: Sequence[schemas.Device], endpoint: str) -> bool:
+    """Whether each device that is there has come to an end with the endpoint, well or not."""
+    there = [device for device in devices if device.status not in ("offline", "revoked")]
+    return all(
+        any(
+            p.endpoint == endpoint and p.step.lower().removeprefix("step_") in FINAL
+            for p in device.placements
+        )
+        for device in there
+    )
+
+
+def wait_until_served(client: Client, version: schemas.Version) -> None:
+    """For a model's first version under an endpoint: until the devices that are there serve it, or the
+    time is over. A later version waits for its rollout."""
+    own = [e for e in client.endpoints() if e.model == version.model and e.version in (None, version.number)]
+    if not own:
+        return
+    deadline = time.monotonic() + SERVED_WITHIN_S
+    with output.stderr().status("each device proves its plain variant"):
+        while time.monotonic() < deadline:
+            if all(served(client.devices(e.filter, limit=DEVICES).items, e.name) for e in own):
+                return
+            time.sleep(0.5)
+    output.say(f"Not every device was ready within {SERVED_WITHIN_S:.0f} s; see: shoal device list")
+
+
 def report(client: Client, version: schemas.Version) -> None:
-    """Prints the classes on stdout and the next command on stderr."""
+    """Waits until the fleet serves it, then prints classes on stdout and the next command on stderr."""
+    wait_until_served(client, version)
     classes = client.classes()
     states = plain_states(classes, client.variants(version.model, version.number))
     output.show_many(states, COLUMNS)
