@@ -63,7 +63,7 @@ def pack(places: list[Path], target: Path) -> None:
         arrays["x"].append(steps.astype(np.int16).reshape(count, WINDOW))
         for field, value in (("y", CLASSES.index(name)), ("load", load), ("src", source)):
             arrays[field].append(np.full(count, value, np.uint8))
-    np.savez_compressed(target, **{field: np.concatenate(parts) for field, parts in arrays.items()})
+    np.savez_compressed(target, **{field: np.concatenate(parts) for field, parts in arrays.items()})  # type: ignore[arg-type]
 
 
 _BASE = "https://engineering.case.edu/sites/default/files"

@@ -1,8 +1,7 @@
-"""The examples do what the documentation says, on their real data."""
+"""The digits example does what the documentation says; the others are in tests/examples."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from shoal_optimizer.evaluation import evaluate_exported, evaluate_model
 from shoal_optimizer.recipe import Recipe, Step, apply
 from shoal_optimizer.targets import ClassSpec
 from shoal_optimizer.task import Task, load_task
-from shoal_protos.errors import InvalidInput
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = Recipe((Step("channel_pruning"), Step("distillation"), Step("quantization")), "pruned int8")
@@ -64,21 +62,3 @@ def test_digits_hold_back_traffic_that_shoal_never_sees(tmp_path: Path) -> None:
     task.save_data(tmp_path / "data.npz")
     with np.load(tmp_path / "data.npz") as stored:
         assert not any(name.startswith("holdout") for name in stored)
-
-
-def test_bearings_say_how_to_get_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHOAL_DATA", str(tmp_path))
-    with pytest.raises(InvalidInput, match="SHOAL_DATA"):
-        load_task(_copy("bearings.py", tmp_path)).data("evaluation")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (Path(os.environ.get("SHOAL_DATA", "/")) / "cwru_12k.npz").is_file(),
-    reason="SHOAL_DATA has no recordings",
-)
-def test_bearings_from_scratch(tmp_path: Path, local_class: ClassSpec) -> None:
-    task = load_task(_copy("bearings.py", tmp_path))
-    assert evaluate_model(task, task.original).value >= 0.97
-    assert evaluate_model(task, task.original, task.required("shifted")).value < 0.9
-    _compressed_is_small_and_as_good(task, local_class)
