@@ -163,7 +163,7 @@ def make_rooms(root: Path, repository: Path) -> Rooms:
         "SHOAL_URL": f"http://127.0.0.1:{ports['http']}",
     }
     board_environment = {
-        "PATH": f"{python}:{system_path}",
+        "PATH": f"{board / 'prefix/bin'}:{python}:{system_path}",
         "HOME": str(board),
         "SHOAL_PREFIX": str(board / "prefix"),
         "SHOAL_AGENT_DIR": str(board / "state"),

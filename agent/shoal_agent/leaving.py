@@ -32,7 +32,7 @@ from shoal_protos.errors import (
     Unavailable,
 )
 
-_PREFIX_PARTS = ("agent", "current", "download")  # of the installer, beside install.json
+_PREFIX_PARTS = ("agent", "current", "download", "bin")  # of the installer, beside install.json
 _STATE_FILES = ("config.json", "config.tmp", "service.json", "service.json.tmp")
 
 
@@ -268,12 +268,25 @@ def _purge(config: Config, plan: _Plan) -> Left:
     (removed if _remove_empty(paths.root) else rest).append(str(paths.root))
     if prefix and Path(prefix).exists():
         check_prefix(Path(prefix))
+        removed += _unlink_command(Path(prefix))
         for name in _PREFIX_PARTS:
             _remove(Path(prefix) / name)
         for name in ("install.json.new", "install.json.tmp", "install.json"):
             _remove(Path(prefix) / name)
         (removed if _remove_empty(Path(prefix)) else rest).append(prefix)
     return Left(plan.device, plan.told, tuple(removed), tuple(rest))
+
+
+def _unlink_command(prefix: Path) -> list[str]:
+    """Removes the link that people type, where it still leads into this installation."""
+    try:
+        link = Path(json.loads((prefix / "install.json").read_bytes())["command"])
+        if link.readlink() == prefix / "agent/current/bin/shoal-agent":
+            link.unlink()
+            return [str(link)]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return []
 
 
 def _remove(path: Path) -> None:

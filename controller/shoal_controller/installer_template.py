@@ -442,13 +442,38 @@ def switch(prefix: str, version: str) -> None:
     os.replace(link + ".new", link)
 
 
+def command_folder(prefix: str) -> str:
+    """Where people find `shoal-agent`: a folder of their PATH, or beside an installation of its own place."""
+    if os.environ.get("SHOAL_PREFIX"):
+        return os.path.join(prefix, "bin")
+    return "/usr/local/bin" if os.geteuid() == 0 else os.path.expanduser("~/.local/bin")
+
+
+def link_command(prefix: str) -> str:
+    """Links `shoal-agent` and returns the link, "" where somebody else's program has the name."""
+    link = os.path.join(command_folder(prefix), "shoal-agent")
+    if os.path.lexists(link) and not os.path.islink(link):
+        say(f"{link} is another program and stays; this agent's is {prefix}/agent/current/bin/shoal-agent")
+        return ""
+    os.makedirs(os.path.dirname(link), exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(link + ".new")
+    os.symlink(os.path.join(prefix, "agent", "current", "bin", "shoal-agent"), link + ".new")
+    os.replace(link + ".new", link)
+    if os.path.dirname(link) not in os.environ.get("PATH", "").split(os.pathsep):
+        say(f"The command is {link} (not on this shell's PATH).")
+    return link
+
+
 def write_facts(prefix: str, chosen: "Any", base: str) -> None:
     """install.json; what `join` has noted about the service stays."""
     path = os.path.join(prefix, "install.json")
     facts = {"service": "none", "unit": ""}
     with contextlib.suppress(OSError, ValueError), open(path) as stream:
         facts.update(json.load(stream))
-    facts.update(version=PAYLOAD["version"], extras=chosen["extras"], source=base)
+    facts.update(
+        version=PAYLOAD["version"], extras=chosen["extras"], source=base, command=link_command(prefix)
+    )
     with open(path + ".new", "w") as stream:
         json.dump(facts, stream)
         stream.flush()

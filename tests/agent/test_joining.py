@@ -90,10 +90,14 @@ async def test_a_user_unit_and_purging_it(board: Board) -> None:
     assert (await board.agent("service", "status"))[1].count("active, enabled") == 1
     (board.paths.store / "escape").symlink_to(outside)
 
+    command, agent = board.home / "shoal-agent", prefix / "agent/current/bin/shoal-agent"
+    command.symlink_to(agent)
+    (prefix / "install.json").write_text(json.dumps({**installed, "command": str(command)}))
+
     code, output = await board.agent("leave", "--purge", "--yes")
     assert code == 0, output
     assert board.controller.left and not board.pid
-    assert not unit.exists() and not prefix.exists() and not board.state.exists()
+    assert not command.is_symlink() and not unit.exists() and not prefix.exists() and not board.state.exists()
     assert (outside / "photo").read_text() == "mine" and prefix.parent.is_dir()
     assert (board.home / "systemd/enabled").read_text() == "disable"
 

@@ -115,11 +115,12 @@ class TestPushed:
         assert "shoal endpoint create signs --model signs" in done.err
 
     def test_the_next_command(self) -> None:
-        assert "token create --join" in pushed.next_command("m", 0, [])
+        assert "token create --join" in pushed.next_command("m", 1, 0, [])
         endpoint = schemas.Endpoint(
             id="e", name="door", project="default", model="m", objective="", filter="", signature={},
             settings={}, assignment="", release="", version=1, choice={}, devices=1, created_ms=1,
         )  # fmt: skip
-        assert pushed.next_command("m", 1, [endpoint]) == "Roll it out: shoal rollout create door -w"
+        assert pushed.next_command("m", 2, 1, [endpoint]) == "Roll it out: shoal rollout create door -w"
+        assert "shoal-agent infer" in pushed.next_command("m", 1, 1, [endpoint])
         moving = endpoint.model_copy(update={"rollout": "r-0001"})
-        assert "shoal rollout get r-0001 -w" in pushed.next_command("m", 1, [moving])
+        assert "shoal rollout get r-0001 -w" in pushed.next_command("m", 2, 1, [moving])

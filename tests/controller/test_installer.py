@@ -302,8 +302,10 @@ class TestInstalling:
             "version": __version__,
             "extras": ["onnxruntime"],
             "source": board.url,
+            "command": str(prefix / "bin/shoal-agent"),
         }
-        assert sorted(path.name for path in prefix.iterdir()) == ["agent", "install.json"]
+        assert sorted(path.name for path in prefix.iterdir()) == ["agent", "bin", "install.json"]
+        assert os.readlink(prefix / "bin/shoal-agent") == str(prefix / "agent/current/bin/shoal-agent")
         assert not list(prefix.rglob("tests")) and list(prefix.rglob("numpy/core/a.py"))
         assert TOKEN not in done.err
         # The same line again fetches nothing, and keeps what `join` noted about its service.
@@ -313,6 +315,14 @@ class TestInstalling:
         assert again.code == 0 and "Fetching" not in again.err
         facts = json.loads(path.read_text())
         assert (facts["service"], facts["unit"]) == ("user", "/u")
+
+    async def test_another_program_of_that_name_stays(self, board: Board) -> None:
+        other = board.prefix / "bin/shoal-agent"
+        other.parent.mkdir(parents=True)
+        other.write_text("mine")
+        done = await board.run()
+        assert done.code == 0, done.err
+        assert other.read_text() == "mine" and "another program" in done.err
 
     async def test_killed_at_any_step_the_same_line_finishes_it(self, board: Board) -> None:
         """One board that loses power at each step in turn, and at last does not."""

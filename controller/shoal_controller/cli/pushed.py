@@ -62,13 +62,18 @@ def _word(figures: schemas.VariantFigures) -> str:
     return "passed its probe" if proven else "not probed yet"
 
 
-def next_command(model: str, fleet: int, endpoints: Sequence[schemas.Endpoint]) -> str:
+def next_command(model: str, version: int, fleet: int, endpoints: Sequence[schemas.Endpoint]) -> str:
     """The sentence that ends a push: what to type now."""
     own = [endpoint for endpoint in endpoints if endpoint.model == model]
     if own:
         going = next((e for e in own if e.rollout), None)
         if going is not None:
             return f"It is being rolled out: shoal rollout get {going.rollout} -w"
+        if own[0].version == version:
+            return (
+                "Ask it, on the device: shoal-agent infer FILE\n"
+                f"Search for something smaller and faster: shoal optimization start {own[0].name} -w"
+            )
         return f"Roll it out: shoal rollout create {own[0].name} -w"
     create = f'shoal endpoint create {model} --model {model} --objective "accuracy>=0.9; minimise size"'
     if not fleet:
@@ -125,4 +130,6 @@ def report(client: Client, version: schemas.Version) -> None:
     classes = client.classes()
     states = plain_states(classes, client.variants(version.model, version.number))
     output.show_many(states, COLUMNS)
-    output.say(next_command(version.model, sum(c.devices for c in classes), client.endpoints()))
+    output.say(
+        next_command(version.model, version.number, sum(c.devices for c in classes), client.endpoints())
+    )
