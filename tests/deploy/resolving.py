@@ -169,7 +169,8 @@ def _cell_32(requirement: str, python: str) -> str:
 
 
 def written() -> tuple[str, dict[str, list[str]]]:
-    """(digest, first cell -> other cells) of the tables in docs/platforms.md; ("", {}) without them."""
+    """(digest, first cell -> other cells) of the tables in docs/platforms.md; ("", {}) without them.
+    First cells are as written: extras stand in backticks, packages do not."""
     text = PAGE.read_text() if PAGE.exists() else ""
     rest = text.partition("<!-- resolved: begin ")[2]
     if not rest:
@@ -177,7 +178,7 @@ def written() -> tuple[str, dict[str, list[str]]]:
     found, _, body = rest.partition(" -->")
     rows = {}
     for line in body.partition(END)[0].splitlines():
-        cells = [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("|") and not line.startswith("|--"):
             rows[cells[0]] = cells[1:]
     return found, rows

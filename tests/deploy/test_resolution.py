@@ -23,7 +23,7 @@ def resolve(
 def test_the_tables_are_of_what_pyproject_asks_for() -> None:
     digest, rows = resolving.written()
     assert digest == resolving.digest(), "run: python -m tests.deploy.resolving"
-    assert set(EXTRAS) <= set(rows) and len(rows["agent"]) == len(PYTHONS)
+    assert {f"`{extra}`" for extra in EXTRAS} <= set(rows) and len(rows["`agent`"]) == len(PYTHONS)
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_every_agent_extra_resolves_from_wheels_for_aarch64(python: str, glibc: 
     for runtime in RUNTIMES:
         packages = resolve(*resolving.of_extra(runtime), python=python, glibc=glibc)
         assert packages is not None, f"{runtime} has no wheel for Python {python} and glibc 2.{glibc}"
-        said = rows[runtime][PYTHONS.index(python)].split(",")[0]
+        said = rows[f"`{runtime}`"][PYTHONS.index(python)].split(",")[0]
         name = {"litert": "ai-edge-litert"}.get(runtime, runtime)
         (version,) = (wheel.version for wheel in packages if wheel.name == name)
         assert Version(version) >= Version(said), f"docs/platforms.md says {said}, found {version}"
