@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,9 @@ class Hour:
     def _step(self, terminal: replay.Terminal, step: replay.Step) -> None:
         text = self._join_line if replay.JOIN_LINE in step.text else replay.localized(step.text)
         say(f"({step.where}) $ {step.text}" + (f"   [here: {text}]" if text != step.text else "")[:200])
+        if "pictures" in text and step.where == "board":
+            say("    (copies the pictures to the board)")
+            shutil.copytree(self.rooms.clone / "pictures", self.rooms.board / "pictures")
         started = time.monotonic()
         output, seconds = terminal.type(text)
         if TOKEN in text:
