@@ -233,6 +233,7 @@ def _best(
     found = [p for p in known if p.variant in front] or known
     if not found:
         return None
+    found = [p for p in found if p.proven] or found
     choice = objective.choose(objectives.Point(p.variant, p.metrics) for p in found)
     names = {p.variant: p.name for p in found}
     sentence = choice.sentence.replace(choice.key, f"'{names[choice.key]}'")

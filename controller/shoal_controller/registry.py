@@ -318,6 +318,11 @@ class VariantPoint:
     def key(self) -> str:
         return self.variant
 
+    @property
+    def proven(self) -> bool:
+        """Plain, or of known accuracy: anything else is chosen only where there is nothing else."""
+        return self.plain or self.metrics.get("accuracy") is not None
+
 
 def points(session: Session, version: str, profile_class: str) -> list[VariantPoint]:
     """Every variant of a version that is meant for a class, in the order they came."""

@@ -19,10 +19,11 @@ from shoal_protos.errors import Conflict, InvalidInput
 
 
 def order_by_objective(candidates: Sequence[VariantPoint], text: str) -> list[VariantPoint]:
-    """Best first by the objective; a feasible point goes before any infeasible one."""
+    """Best first by the objective; a feasible point goes before any infeasible one, and what nobody has
+    judged yet comes last."""
     by_key = {c.variant: c for c in candidates}
     ranked = objectives.parse(text).rank(objectives.Point(c.variant, c.metrics) for c in candidates)
-    return [by_key[point.key] for point in ranked]
+    return sorted((by_key[point.key] for point in ranked), key=lambda p: not p.proven)
 
 
 def best_fronts(
@@ -38,9 +39,11 @@ def best_fronts(
 
 
 def _undominated(candidates: Sequence[VariantPoint]) -> list[VariantPoint]:
-    by_key = {c.variant: c for c in candidates}
-    kept = frontier.front([frontier.Point(c.variant, _estimates(c)) for c in candidates])
-    return [by_key[point.key] for point in kept]
+    """The front. What nobody has judged yet keeps nothing out that is proven."""
+    proven = [frontier.Point(c.variant, _estimates(c)) for c in candidates if c.proven]
+    everything = [frontier.Point(c.variant, _estimates(c)) for c in candidates]
+    kept = {point.key for front in (frontier.front(proven), frontier.front(everything)) for point in front}
+    return [c for c in candidates if c.variant in kept]
 
 
 def _estimates(point: VariantPoint) -> dict[str, Estimate | None]:

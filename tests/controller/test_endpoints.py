@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_controller import classes, endpoints, trials
+from shoal_controller import classes, endpoints, registry, trials
 from shoal_controller.store.tables import Assignment, Device, Endpoint, Release, Variant
 from shoal_protos.bundle import RuntimeNeed, TensorSpec
 from shoal_protos.errors import Conflict, InvalidInput
@@ -74,6 +74,22 @@ def test_a_variant_that_the_devices_cannot_run_is_never_chosen(world: World) -> 
     plain = world.variant(version, "plain", {name: (0.99, 4.0)})
     endpoint = world.endpoint(automatic=False)
     assert assign(world, endpoint, world.release(version)).choice == {name: plain}
+
+
+def test_what_nobody_has_judged_comes_after_the_plain_variant(world: World) -> None:
+    name = world.class_of(world.add_device("pi", isa=("neon",), architecture="aarch64"))
+    version = world.version()
+    plain = world.variant(version, "plain", {name: (None, None)})
+    small = world.variant(version, "plain-int8", {name: (None, None)}, size=100)
+    endpoint = world.endpoint(automatic=False, objective="minimise size")
+    release = world.release(version, {name: [small, plain]})
+    assert assign(world, endpoint, release).choice == {name: plain}
+    with world.store.write() as session:
+        row = session.get_one(Variant, small)
+        registry.add_measurement(
+            session, row, name, "accuracy", {"value": 0.9}, world.clock, source="emulated"
+        )
+    assert assign(world, endpoint, release).choice == {name: small}
 
 
 def test_fallback_is_what_the_desired_state_says(world: World) -> None:

@@ -203,3 +203,17 @@ def test_an_emulated_classes_figures_say_what_they_are(world: World) -> None:
         assert "pi" in releases.best_fronts(
             session, session.get_one(Version, version), "minimise latency_p95"
         )
+
+
+def test_what_nobody_has_judged_keeps_no_plain_variant_out(world: World) -> None:
+    version = world.version()
+    plain = world.variant(version, "plain", {"pi": (None, None)})
+    small = world.variant(version, "plain-int8", {"pi": (None, None)}, size=100)
+    with world.store.write() as session:
+        row = session.get_one(Version, version)
+        assert releases.best_fronts(session, row, "minimise size") == {"pi": [plain, small]}
+        variant = session.get_one(Variant, small)
+        registry.add_measurement(
+            session, variant, "pi", "accuracy", {"value": 1.0}, world.clock, source="trial"
+        )
+        assert releases.best_fronts(session, row, "minimise size")["pi"][0] == small

@@ -23,7 +23,7 @@ from tests.emulation import device, fixtures, tasks
 from tests.emulation.device import Emulated
 from tests.emulation.root import PINNED
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SERVES_S = 120.0
 

@@ -33,19 +33,20 @@ class Colours(Task):
 
     def model(self):
         torch.manual_seed(0)
-        spread = torch.nn.Conv2d(3, 12, 3, padding=1)
-        gather = torch.nn.Conv2d(12, 3, 1, bias=False)
+        spread = torch.nn.Conv2d(3, 48, 3, padding=1)
+        keep = torch.nn.Conv2d(48, 48, 3, padding=1)  # large enough for int8 to be the smaller file
+        gather = torch.nn.Conv2d(48, 3, 1, bias=False)
         with torch.no_grad():
-            spread.weight.mul_(0.05)
-            spread.bias.zero_()
-            for channel in range(12):
-                spread.weight[channel, channel % 3, 1, 1] = 1.0
+            for layer in (spread, keep):
+                layer.weight.mul_(0.02)
+                layer.bias.zero_()
             gather.weight.zero_()
-            for channel in range(12):
-                gather.weight[channel % 3, channel] = 3.0
-        return torch.nn.Sequential(
-            spread, torch.nn.ReLU(), gather, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(1)
-        )
+            for channel in range(48):
+                spread.weight[channel, channel % 3, 1, 1] = 1.0
+                keep.weight[channel, channel, 1, 1] = 1.0
+                gather.weight[channel % 3, channel] = 0.75
+        relu, pool = torch.nn.ReLU, torch.nn.AdaptiveAvgPool2d(1)
+        return torch.nn.Sequential(spread, relu(), keep, relu(), gather, pool, torch.nn.Flatten(1))
 
     def evaluation(self):
         random = np.random.default_rng(3)

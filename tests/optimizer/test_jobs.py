@@ -251,6 +251,7 @@ def test_a_class_of_emulated_devices_only_is_searched_without_times(
     _, first = jobbing.run(folder, spec)
     for variant in of(first, "variant"):
         assert variant["classes"][pi["name"]]["source"] == "unmeasured (emulated)"
+    assert any(variant["plain"] for variant in of(first, "variant"))  # never kept out by the unjudged
     assert {t["kind"] for t in of(first, "trial")} == {"outputs"}  # nobody is asked for times
     results = jobbing.answer(first, {}, folder, emulated=True)
     code, second = jobbing.run(folder, {**spec, "trial_results": results})

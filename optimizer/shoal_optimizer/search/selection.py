@@ -16,6 +16,7 @@ from shoal_optimizer.meter import BundleRef, Figure, LocalMeter, Measurement, Me
 from shoal_optimizer.objective import Choice, Objective
 from shoal_optimizer.search import fidelity, frontier
 from shoal_optimizer.search.fidelity import Figures
+from shoal_optimizer.search.frontier import Point
 
 MAX_KEPT = 6  # points of a front that are worth a device's time
 OUTPUT_ITEMS = 300  # evaluation items sent to a device of a class that this machine is not of
@@ -73,8 +74,17 @@ class Selection:
         points = [fidelity.point(c, fidelity.guess(c, self.glance(c))) for c in members.values()]
         if self.workshop.ground.field is not None:
             points = [p for p in points if not self._worse_in_field(members[p.key], members.values())]
-        kept = frontier.ordered(frontier.front(points), self.objective)[:MAX_KEPT]
-        return [members[p.key] for p in kept]
+        return [members[p.key] for p in self._best_first(points, members)[:MAX_KEPT]]
+
+    def _best_first(self, points: Sequence[Point], members: Mapping[str, Candidate]) -> list[Point]:
+        """The front, best first. What nobody has judged on its class yet neither goes before what is
+        proven, the plain conversion above all, nor keeps it out."""
+        proven = [p for p in points if _proven(p, members[p.key])]
+        unproven = [p for p in frontier.front(points) if not _proven(p, members[p.key])]
+        return [
+            *frontier.ordered(frontier.front(proven), self.objective),
+            *frontier.ordered(unproven, self.objective),
+        ]
 
     @staticmethod
     def _worse_in_field(candidate: Candidate, others: Iterable[Candidate]) -> bool:
@@ -240,9 +250,15 @@ class Selection:
         if not points:
             return ClassResult(profile_class, (), {}, None)
         # What has no latency yet can neither be kept out nor keep others out by it.
-        front = frontier.ordered(frontier.front(points), self.objective)
-        choice = self.objective.choose(map(frontier.as_objective_point, front))
+        front = self._best_first(points, members)
+        proven = [p for p in front if _proven(p, members[p.key])]
+        choice = self.objective.choose(map(frontier.as_objective_point, proven or front))
         return ClassResult(profile_class, tuple(members[p.key] for p in front), figures, choice)
+
+
+def _proven(point: Point, candidate: Candidate) -> bool:
+    """Plain, or of known accuracy."""
+    return candidate.plain or point.get(frontier.ACCURACY) is not None
 
 
 def local_meters(workshop: Workshop) -> tuple[LocalMeter, LocalMeter]:
