@@ -28,11 +28,11 @@ demo: setup
 	$(BIN)/shoal demo
 
 test: lint types check-protos
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore=tests/web/test_browser.py
-	$(BIN)/python -m pytest -m "not slow" tests/web/test_browser.py
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --ignore-glob='*_browser.py'
+	$(BIN)/python -m pytest -m "not slow" tests/web/test_browser.py tests/web/test_device_browser.py
 
 slow: setup
-	$(BIN)/python -m pytest -m slow --ignore=tests/web/test_browser.py
+	$(BIN)/python -m pytest -m slow --ignore-glob='*_browser.py'
 
 lint: setup
 	$(BIN)/ruff check .
