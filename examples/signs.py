@@ -112,7 +112,7 @@ def places(part: str) -> np.ndarray:
     """Which stored pictures belong to a part.
 
     Frames of a track show the same physical sign, so training and evaluation are cut by track. "thinned"
-    is every third frame of the training tracks: neighbours hardly differ, and fine-tuning stays short.
+    is every sixth frame of the training tracks: neighbours hardly differ, and fine-tuning stays short.
     """
     if part == "holdout":
         return np.arange(0, len(stored()["test_y"]), 10 if QUICK else 1)
@@ -120,7 +120,7 @@ def places(part: str) -> np.ndarray:
     judges = tracks % 10 == 5
     if part == "evaluation":
         return np.flatnonzero(judges & (frames % (15 if QUICK else 2) == 0))
-    step = {"training": 1, "thinned": 3}[part]
+    step = {"training": 1, "thinned": 6}[part]
     kept = ~judges & (frames % (15 if QUICK else step) == 0)
     return np.flatnonzero(kept & (tracks % 4 == 0) if QUICK else kept)
 

@@ -23,5 +23,10 @@ class Pipeline(nn.Module):
         self.postprocess = postprocess
 
     def forward(self, inputs: Tensor) -> Tensor:
-        result: Tensor = self.postprocess(self.model(self.preprocess(inputs)))
+        # A permuted NHWC picture keeps its strides, and then AdaptiveAvgPool2d is exported as a gathering
+        # by computed indices, which OpenVINO gets wrong in int8 and which costs time everywhere.
+        prepared = self.preprocess(inputs)
+        if isinstance(prepared, Tensor):
+            prepared = prepared.contiguous()
+        result: Tensor = self.postprocess(self.model(prepared))
         return result
