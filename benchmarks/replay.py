@@ -150,6 +150,7 @@ def make_rooms(root: Path, repository: Path) -> Rooms:
     system_path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     python = str(Path(sys.executable).resolve().parent)  # a python3 with venv, as a laptop has
     shared = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "LANG"))}
+    shared.pop("PIP_NO_CACHE_DIR", None)  # the cache shows how much was downloaded
     cache = root / "pip-cache"
     laptop_environment = {
         **shared,
