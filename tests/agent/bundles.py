@@ -194,7 +194,7 @@ def write(
     if golden is not None:
         content["golden.npz"] = npz(golden)
         cases = GoldenCases("golden.npz")
-    model_file = next(title for title in files if title.endswith((".onnx", ".xml")))
+    model_file = next(title for title in files if title.endswith((".onnx", ".xml", ".tflite")))
     config = BundleConfig(
         signature=signature,
         runtime=RuntimeNeed(runtime, model_file, **need),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RUNTIMES_VARIABLE = "SHOAL_RUNTIMES"
 # A source tree on the path has no entry points of its own.
 _BUILT_IN: Mapping[str, str] = {
+    "litert": "shoal_agent.runtimes.litert:LiteRt",
     "onnxruntime": "shoal_agent.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "shoal_agent.runtimes.openvino:OpenVino",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import importlib.util
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,15 +19,28 @@ from shoal_agent.runtimes.base import Options
 from shoal_agent.runtimes.golden import check_golden, example_inputs, golden_cases
 from shoal_protos.bundle import Bundle, Signature, TensorSpec, blob_path
 from shoal_protos.errors import InvalidInput, MissingExtra, Unavailable, Unsupported
-from tests.agent import bundles
+from tests.agent import bundles, tflite
+
+HAS_LITERT = importlib.util.find_spec("ai_edge_litert") is not None
+needs_litert = pytest.mark.skipif(not HAS_LITERT, reason="ai-edge-litert is not installed")
 
 
-@pytest.fixture(params=["onnxruntime", "openvino", "openvino-ir"])
+@pytest.fixture(
+    params=[
+        "onnxruntime",
+        "openvino",
+        "openvino-ir",
+        pytest.param("litert", marks=needs_litert),
+        pytest.param("litert-single", marks=needs_litert),
+    ]
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def make(kind: str, folder: Path, **more: Any) -> Bundle:
+    if kind.startswith("litert"):
+        return tflite.bundle(folder, single=kind == "litert-single", **more)
     if kind == "openvino-ir":
         return bundles.ir_bundle(folder, **more)
     return bundles.onnx_bundle(folder, runtime=kind, **more)
@@ -152,7 +166,7 @@ class TestRuntime:
         real = builtins.__import__
 
         def without(module: str, *rest: Any, **more: Any) -> Any:
-            if module == name:
+            if module == name or (name == "litert" and module in ("ai_edge_litert", "tflite_runtime")):
                 raise ImportError(f"No module named '{name}'", name=name)
             return real(module, *rest, **more)
 
@@ -161,15 +175,18 @@ class TestRuntime:
             runtimes.find(name).load(bundle)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", pytest.param("litert", marks=needs_litert)])
 class TestInt8:
     def test_the_share_comes_from_the_optimized_graph(self, runtime: str, tmp_path: Path) -> None:
-        bundle = bundles.int8_bundle(tmp_path, runtime=runtime)
+        if runtime == "litert":
+            bundle = tflite.int8_bundle(tmp_path)
+        else:
+            bundle = bundles.int8_bundle(tmp_path, runtime=runtime)
         with runtimes.find(runtime).load(bundle) as instance:
             assert instance.facts().int8_share == 1.0
 
     def test_silent_floating_point_is_seen(self, runtime: str, tmp_path: Path) -> None:
-        bundle = bundles.onnx_bundle(tmp_path, runtime=runtime, precision="int8")
+        bundle = make(runtime, tmp_path, precision="int8")
         with runtimes.find(runtime).load(bundle) as instance:
             assert instance.facts().int8_share == 0.0
 
@@ -188,7 +205,8 @@ def test_equal_bytes_get_equal_answers_from_variants_of_different_inner_layouts(
 
 
 def test_runtimes_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {info.name for info in runtimes.installed()} == {"onnxruntime", "openvino"}
+    known = {"onnxruntime", "openvino"} | ({"litert"} if HAS_LITERT else set())
+    assert {info.name for info in runtimes.installed()} == known
     with pytest.raises(Unsupported, match="no runtime 'abacus'"):
         runtimes.find("abacus")
     monkeypatch.setenv(runtimes.RUNTIMES_VARIABLE, "openvino")
