@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shoal_optimizer.data import TaskData
-    from shoal_optimizer.targets.base import Calibration
+    from shoal_optimizer.targets.base import Calibration, ClassSpec
     from shoal_optimizer.task import Task
 
 Progress = Callable[[str, float | None, str], None]  # step, share 0..1 or None, message
@@ -102,6 +102,7 @@ def apply(
     seed: int = 0,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    class_spec: ClassSpec | None = None,
 ) -> Applied:
     """Applies the steps in order to a copy of the teacher.
 
@@ -110,6 +111,8 @@ def apply(
         training, augment, calibration: replace the task's own, as adaptation to the field does.
         progress: called with (technique, share of the step, message).
         cancelled: asked between batches; True stops with `Cancelled`.
+        class_spec: the profile class that it is made for; steps that only some hardware profits from
+            (N:M masks) are refused without it.
 
     Raises:
         InvalidInput: a parameter is wrong, or training diverged twice.
@@ -127,6 +130,7 @@ def apply(
         seed=seed,
         progress=progress,
         cancelled=cancelled,
+        class_spec=class_spec,
     )
     for step in complete.steps:
         work = find(step.technique).run(work, step.params)

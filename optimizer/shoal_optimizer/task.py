@@ -274,7 +274,10 @@ class Task:
                 f"{type(self).__name__}.model() gives {type(module).__name__}, not a torch.nn.Module.",
                 "Return the trained module itself.",
             )
-        return cast("nn.Module", module.float().eval())
+        from shoal_optimizer.techniques.masks import settled
+
+        # Masks of torch.nn.utils.prune become permanent: such a module can be neither copied nor exported.
+        return settled(module).float().eval()
 
     @cached_property
     def pre(self) -> nn.Module:

@@ -36,7 +36,8 @@ class ClassSpec:
     """What a target must know of a profile class.
 
     Attributes:
-        isa: features that every device of the class has ("avx2", "avx512_vnni", "neon"...).
+        isa: features that every device of the class has ("avx2", "avx512_vnni", "neon", and
+            "sparsity_2:4" where its accelerator skips zeros in that pattern...).
         runtimes: name -> version.
         local: this machine is of the class, so what it measures holds for it.
     """
@@ -53,6 +54,10 @@ class ClassSpec:
     @property
     def arm(self) -> bool:
         return self.name.startswith(("aarch64", "arm")) or "neon" in self.isa
+
+    def skips_zeros(self, pattern: str) -> bool:
+        """True when hardware of the class computes faster with zeros in a pattern such as "2:4"."""
+        return f"sparsity_{pattern}" in self.isa
 
     @property
     def vnni(self) -> str:

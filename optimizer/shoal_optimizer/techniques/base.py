@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shoal_optimizer.data import TaskData
-    from shoal_optimizer.targets.base import Calibration
+    from shoal_optimizer.targets.base import Calibration, ClassSpec
     from shoal_optimizer.task import Task
 
 
@@ -74,6 +73,7 @@ class Work:
     precision: str = "fp32"
     quantization: Calibration | None = None
     notes: tuple[str, ...] = ()
+    class_spec: ClassSpec | None = None  # what it is made for; None = any class
 
     @classmethod
     def start(
@@ -87,12 +87,15 @@ class Work:
         seed: int = 0,
         progress: Callable[[str, float | None, str], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        class_spec: ClassSpec | None = None,
     ) -> Work:
+        from shoal_optimizer.techniques.masks import copied
+
         if teacher is None and task.has_module:
             teacher = task.original
         return cls(
             task=task,
-            model=copy.deepcopy(teacher),
+            model=None if teacher is None else copied(teacher),
             teacher=teacher,
             training=training if training is not None else task.data("training"),
             augment=augment or task.augment,
@@ -100,6 +103,7 @@ class Work:
             seed=seed,
             progress=progress or (lambda step, share, message: None),
             cancelled=cancelled or (lambda: False),
+            class_spec=class_spec,
         )
 
     def note(self, text: str) -> Work:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from shoal_optimizer.techniques import masks
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
 from shoal_protos.errors import InvalidInput
 
@@ -72,8 +73,12 @@ def train(
     augment: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[float, str], None] = lambda share, message: None,
     checkpoint: Callable[[], None] = lambda: None,
+    after_step: Callable[[float], None] | None = None,
 ) -> nn.Module:
     """Trains `model` in place and returns it in evaluation mode. Deterministic for equal seeds and threads.
+
+    Weights that are zero on purpose (`masks.mark`) stay zero. `after_step` is called after each
+    optimizer step with the share of steps done; it starts again after a divergence.
 
     For boxes the teacher is matched after postprocess(): how a head encodes boxes is the task's own.
     Teacher and student see the same augmented batch. If the loss stops being finite, it starts over
@@ -86,7 +91,10 @@ def train(
     start = copy.deepcopy(model.state_dict())
     for rate in (plan.learning_rate, plan.learning_rate / 10):
         slower = replace(plan, learning_rate=rate)
-        if _train_once(model, task, data, slower, teacher, augment or task.augment, progress, checkpoint):
+        steps = _both(after_step, masks.keeper(model))
+        if _train_once(
+            model, task, data, slower, teacher, augment or task.augment, progress, checkpoint, steps
+        ):
             return model
         model.load_state_dict(start)
         progress(0.0, f"the loss diverged at learning rate {rate:g}, trying a tenth")
@@ -94,6 +102,15 @@ def train(
         f"Training diverged at learning rates {plan.learning_rate:g} and {plan.learning_rate / 10:g}.",
         "Lower the learning rate, or look for NaN in the training data and in loss().",
     )
+
+
+def _both(after_step: Callable[[float], None] | None, keep: Callable[[], None]) -> Callable[[float], None]:
+    def call(share: float) -> None:
+        keep()
+        if after_step is not None:
+            after_step(share)
+
+    return call
 
 
 def _train_once(
@@ -105,6 +122,7 @@ def _train_once(
     augment: Callable[[Tensor], Tensor],
     progress: Callable[[float, str], None],
     checkpoint: Callable[[], None],
+    after_step: Callable[[float], None],
 ) -> bool:
     """False when the loss stopped being finite."""
     import torch
@@ -137,6 +155,7 @@ def _train_once(
                     total += loss
                     schedule.step()
                     done = (epoch + (index + 1) / batches) / plan.epochs
+                    after_step(done)
                 progress(done, f"epoch {epoch + 1} of {plan.epochs}, loss {total / batches:.3f}")
     finally:
         model.eval()
