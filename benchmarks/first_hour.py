@@ -68,12 +68,14 @@ class Hour:
                 if "venv" not in step.text and "pip install" not in step.text:
                     self._step(laptop, step)
             return
-        seconds = 0.0
+        seconds = downloaded = 0.0
         for step in steps:
             say(f"$ {step.text}")
-            seconds += laptop.type(step.text)[1]
+            output, took = laptop.type(step.text)
+            seconds += took
+            downloaded += downloaded_mb(output)
         self.figures["setup_s"] = (seconds, "s")
-        downloaded = replay.disk_mb(self.rooms.pip_cache) + local_wheels_mb(self.rooms.pip_report)
+        downloaded += local_wheels_mb(self.rooms.pip_report)
         self.figures["downloaded_mb"] = (downloaded, "MB")
 
     def _step(self, terminal: replay.Terminal, step: replay.Step) -> None:
@@ -116,8 +118,15 @@ def wait_until_served(rooms: replay.Rooms, seconds: float = 180.0) -> None:
         time.sleep(0.25)
 
 
+def downloaded_mb(output: str) -> float:
+    """Megabytes that pip says it downloaded."""
+    units = {"B": 1e-6, "kB": 1e-3, "MB": 1.0, "GB": 1e3}
+    found = re.findall(r"Downloading \S+ \(([0-9.]+) (B|kB|MB|GB)\)", output)
+    return sum(float(number) * units[unit] for number, unit in found)
+
+
 def local_wheels_mb(report: Path) -> float:
-    """Megabytes that pip took from folders on this machine, which its cache doesn't show."""
+    """Megabytes that pip took from folders on this machine instead of downloading them."""
     urls = [item["download_info"]["url"] for item in json.loads(report.read_text())["install"]]
     paths = [Path(unquote(urlparse(url).path)) for url in urls if url.startswith("file:")]
     return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6

@@ -126,7 +126,6 @@ class Rooms:
     board_environment: dict[str, str]
     clone: Path
     ports: dict[str, int]
-    pip_cache: Path
 
     @property
     def pip_report(self) -> Path:
@@ -150,13 +149,11 @@ def make_rooms(root: Path, repository: Path) -> Rooms:
     system_path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     python = str(Path(sys.executable).resolve().parent)  # a python3 with venv, as a laptop has
     shared = {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_", "LANG"))}
-    shared.pop("PIP_NO_CACHE_DIR", None)  # the cache shows how much was downloaded
-    cache = root / "pip-cache"
     laptop_environment = {
         **shared,
         "PATH": f"{python}:{system_path}",
         "HOME": str(laptop),
-        "PIP_CACHE_DIR": str(cache),
+        "PIP_NO_CACHE_DIR": "1",  # everything is downloaded, as on a fresh machine
         "PIP_REPORT": str(laptop / "pip-report.json"),
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "SHOAL_HOME": str(laptop / "data"),
@@ -170,7 +167,7 @@ def make_rooms(root: Path, repository: Path) -> Rooms:
         "SHOAL_AGENT_DIR": str(board / "state"),
         **{f"SHOAL_{name.upper()}_PORT": str(ports[name]) for name in names[4:]},
     }
-    return Rooms(laptop, board, laptop_environment, board_environment, clone, ports, cache)
+    return Rooms(laptop, board, laptop_environment, board_environment, clone, ports)
 
 
 @contextmanager
