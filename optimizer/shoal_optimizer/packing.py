@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shoal_optimizer.targets.base import Exported, load_exported, run_instance
+from shoal_optimizer.targets.base import Exported, load_twin, run_instance
 from shoal_protos.bundle import (
     BoxRule,
     BundleConfig,
@@ -121,7 +121,7 @@ def pack(
     Raises:
         InvalidInput: the task's data do not fit the variant.
     """
-    instance = load_exported(exported)
+    instance = load_twin(exported)
     try:
         golden, tolerances = golden_cases(exported, task, instance)
         if field is not None:

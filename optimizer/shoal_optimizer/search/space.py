@@ -90,12 +90,12 @@ def _ratios(analysis: Analysis) -> tuple[float, ...]:
 
 
 def exports_for(
-    classes: Sequence[ProfileClass], precisions: Iterable[str] = ("fp32", "int8")
+    classes: Sequence[ProfileClass], precisions: Iterable[str] = ("fp32", "int8", "fp16", "int8_weights")
 ) -> tuple[Export, ...]:
     """Every (target, precision, instruction set) that some class can run, each once.
 
     Classes that share them share the export: one bundle serves them all. A float file is the same
-    for every instruction set; int8 types depend on it.
+    for every instruction set; int8 types depend on it where the CPU computes.
     """
     from shoal_optimizer.targets.base import available, find
 
@@ -103,7 +103,8 @@ def exports_for(
     for profile_class in classes:
         for target in available(class_spec(profile_class)):
             for precision in precisions:
-                isa = () if precision == "fp32" else tuple(sorted(profile_class.isa))
+                depends = precision == "int8" and target.isa_matters
+                isa = tuple(sorted(profile_class.isa)) if depends else ()
                 if precision in find(target.name).precisions:
                     grouped.setdefault((target.name, precision, isa), []).append(profile_class)
     return tuple(

@@ -80,7 +80,10 @@ class Exported:
     Attributes:
         files: title -> content; `runtime.model_file` names the one to load.
         facts: figures of the export: "parity_max" (largest difference from torch on real data, in
-            output units), "parity_agreement" (share of equal arg-max), "int8_share" (None = fp32 asked).
+            output units), "parity_agreement" (share of equal arg-max), "int8_share" (read from the
+            runtime's optimized graph; None = fp32 asked, or that runtime can't be had here).
+        twin: the same graph for a runtime of this machine, where the own one only exists on devices:
+            golden and reference outputs come from it.
     """
 
     files: Mapping[str, bytes]
@@ -89,6 +92,7 @@ class Exported:
     signature: Signature
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    twin: Exported | None = None
     @property
     def model_file(self) -> str:
         return self.runtime.model_file
@@ -116,6 +120,7 @@ class Target(ABC):
 
     name: ClassVar[str]  # the runtime's name, as in profiles
     precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    isa_matters: ClassVar[bool] = True  # int8 files depend on the class's CPU features
 
     @abstractmethod
     def convert(
@@ -166,6 +171,14 @@ class Target(ABC):
 def _clear_errors(target: str, remedy: str) -> Iterator[None]:
     """Turns what a converter raises into an InvalidInput that names the model."""
     try:
+        return refuse_fallback(self.check(exported, model, task), spec)
+
+    def check(self, exported: Exported, model: nn.Module | None, task: Task) -> Exported:
+        """Adds to the facts what can be found out here; a target whose runtime can't be had here says so.
+
+        Raises:
+            InvalidInput: the file does not answer as the model does, or breaks the format's rules.
+        """
         yield
     except ShoalError:
         raise
@@ -221,6 +234,34 @@ def load_exported(exported: Exported, *, threads: int = 1) -> Instance:
 
     # Requirements are for devices; here only the answers count, and any CPU can give them.
     need = dataclasses.replace(exported.runtime, isa=(), version_min="", version_max="")
+def refuse_fallback(exported: Exported, spec: ClassSpec) -> Exported:
+    """The same export, unless its int8 silently became float on this machine, which is of the class.
+
+    On another kind of machine the share is read by the device: by timing trials, and by the probe
+    against the promised one.
+
+    Raises:
+        Unsupported: int8 was asked and no convolution or matrix product runs in it.
+    """
+    share = exported.facts.get("int8_share")
+    if exported.precision != "int8" or not spec.local or share is None or share > 0:
+        return exported
+    raise Unsupported(
+        f"No convolution or matrix product of this model runs in int8 in {exported.runtime.name}.",
+        "Use the precision fp32: an int8 file that is computed in float is only less accurate.",
+    )
+
+
+def load_twin(exported: Exported, *, threads: int = 1) -> Instance:
+    """Loads exported files with their own runtime or, where that is missing here, their twin."""
+    if exported.twin is None:
+        return load_exported(exported, threads=threads)
+    try:
+        return load_exported(exported, threads=threads)
+    except Unsupported:
+        return load_exported(exported.twin, threads=threads)
+
+
     folder = Path(tempfile.mkdtemp(prefix="shoal-load-"))
     try:
         config = BundleConfig(signature=exported.signature, runtime=need)

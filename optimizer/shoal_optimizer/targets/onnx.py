@@ -59,7 +59,7 @@ class OnnxTarget(Target):
             scheme = Scheme.of(class_spec)
             graph = quantized_graph(graph, task, calibration, scheme)
             isa = scheme.isa
-            facts |= scheme.facts()
+            facts |= scheme.facts() | {"method": calibration.method}
         need = RuntimeNeed(self.name, MODEL_FILE, version_min=RUNTIME_MIN, isa=isa, precision=precision)
         return Exported({MODEL_FILE: strip(graph)}, need, precision, task.signature, facts)
 
@@ -150,7 +150,7 @@ def _export(model: nn.Module, task: Task) -> bytes:
     # Two items: the exporter would take a single one for a constant batch.
     items = task.required("evaluation").inputs
     example = torch.from_numpy(np.ascontiguousarray(items[np.arange(2) % len(items)]))
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             pipeline,
             (example,),
@@ -170,7 +170,7 @@ def _export(model: nn.Module, task: Task) -> bytes:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the exporter's warnings and log lines; its errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
@@ -201,14 +201,14 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
         "entropy": CalibrationMethod.Entropy,
     }[calibration.method]
     activations = QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8
-    with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, _quiet():
+    with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, quiet():
         folder = Path(name)
         source, target = folder / "float.onnx", folder / "int8.onnx"
-        source.write_bytes(_marked_prepared(graph))
+        source.write_bytes(marked_prepared(graph))
         quantize_static(
             str(source),
             str(target),
-            _reader(graph, calibration.inputs),
+            reader(graph, calibration.inputs),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=scheme.reduce_range,
@@ -222,7 +222,7 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
         return target.read_bytes()
 
 
-def _marked_prepared(graph: bytes) -> bytes:
+def marked_prepared(graph: bytes) -> bytes:
     """The graph with the mark that the quantizer looks for: torch's exporter has already folded batch
     norms and inferred shapes, which is what its own preparation would do."""
     import onnx
@@ -275,7 +275,8 @@ def _scopes(node: Any) -> list[str]:
     return []
 
 
-def _reader(graph: bytes, inputs: np.ndarray) -> Any:
+def reader(graph: bytes, inputs: np.ndarray) -> Any:
+    """Feeds endpoint inputs [n, ...] to ONNX Runtime's calibrator in batches."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader
 
