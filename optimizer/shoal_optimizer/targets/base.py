@@ -67,7 +67,8 @@ class ClassSpec:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Endpoint inputs [n, ...] to choose int8 ranges from, and how: "minmax", "percentile" or "entropy"."""
+    """Endpoint inputs [n, ...] to choose int8 ranges from, and how: "minmax", "percentile" or
+    "entropy"; "dynamic" takes ranges at each call instead and needs no inputs."""
 
     inputs: np.ndarray
     method: str = "minmax"
@@ -91,8 +92,8 @@ class Exported:
     precision: str
     signature: Signature
     facts: Mapping[str, Any] = field(default_factory=dict)
-
     twin: Exported | None = None
+
     @property
     def model_file(self) -> str:
         return self.runtime.model_file
@@ -119,8 +120,9 @@ class Target(ABC):
     """A runtime's format. The base class owns limits, errors and the parity check."""
 
     name: ClassVar[str]  # the runtime's name, as in profiles
-    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
     isa_matters: ClassVar[bool] = True  # int8 files depend on the class's CPU features
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    dynamic: ClassVar[bool] = False  # its int8 may take activation ranges at each call
 
     @abstractmethod
     def convert(
@@ -156,6 +158,11 @@ class Target(ABC):
                 f"The target {self.name} has no precision '{precision}'.",
                 f"Use {', '.join(self.precisions)}.",
             )
+        if calibration is not None and calibration.method == "dynamic" and not self.dynamic:
+            raise Unsupported(
+                f"The target {self.name} has no dynamic int8.",
+                "Use the method minmax, or the target onnxruntime.",
+            )
         if precision == "int8" and calibration is None:
             calibration = Calibration(task.calibration_data().inputs)
         spec = class_spec or ClassSpec("any")
@@ -164,13 +171,6 @@ class Target(ABC):
             remedy = "Export the ONNX file again with opset 17 or newer and float32 weights."
         with _clear_errors(self.name, remedy):
             exported = self.convert(model, task, precision, calibration, spec)
-        return check_parity(exported, model, task)
-
-
-@contextlib.contextmanager
-def _clear_errors(target: str, remedy: str) -> Iterator[None]:
-    """Turns what a converter raises into an InvalidInput that names the model."""
-    try:
         return refuse_fallback(self.check(exported, model, task), spec)
 
     def check(self, exported: Exported, model: nn.Module | None, task: Task) -> Exported:
@@ -179,6 +179,13 @@ def _clear_errors(target: str, remedy: str) -> Iterator[None]:
         Raises:
             InvalidInput: the file does not answer as the model does, or breaks the format's rules.
         """
+        return check_parity(exported, model, task)
+
+
+@contextlib.contextmanager
+def _clear_errors(target: str, remedy: str) -> Iterator[None]:
+    """Turns what a converter raises into an InvalidInput that names the model."""
+    try:
         yield
     except ShoalError:
         raise
@@ -227,13 +234,6 @@ def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exp
     )
 
 
-def load_exported(exported: Exported, *, threads: int = 1) -> Instance:
-    """Loads exported files with the agent's runtime: what is measured is what will run."""
-    from shoal_agent import runtimes
-    from shoal_agent.runtimes.base import Options
-
-    # Requirements are for devices; here only the answers count, and any CPU can give them.
-    need = dataclasses.replace(exported.runtime, isa=(), version_min="", version_max="")
 def refuse_fallback(exported: Exported, spec: ClassSpec) -> Exported:
     """The same export, unless its int8 silently became float on this machine, which is of the class.
 
@@ -262,6 +262,13 @@ def load_twin(exported: Exported, *, threads: int = 1) -> Instance:
         return load_exported(exported.twin, threads=threads)
 
 
+def load_exported(exported: Exported, *, threads: int = 1) -> Instance:
+    """Loads exported files with the agent's runtime: what is measured is what will run."""
+    from shoal_agent import runtimes
+    from shoal_agent.runtimes.base import Options
+
+    # Requirements are for devices; here only the answers count, and any CPU can give them.
+    need = dataclasses.replace(exported.runtime, isa=(), version_min="", version_max="")
     folder = Path(tempfile.mkdtemp(prefix="shoal-load-"))
     try:
         config = BundleConfig(signature=exported.signature, runtime=need)
