@@ -391,10 +391,23 @@ def _label(labels: Sequence[str], place: int) -> str:
     return labels[place] if place < len(labels) else str(place)
 
 
+def _corners(boxes: Array, placed: Placed) -> list[list[float]]:
+    """`Placed.to_picture` of a few boxes, in plain numbers: the same arithmetic, ten array calls less."""
+    sides = placed.tensor.shape[1::-1] * 2
+    offset, scale, size = placed.offset * 2, placed.scale * 2, placed.size * 2
+    return [
+        [
+            min(max((share * side - begin) / step, 0.0), float(end))
+            for share, side, begin, step, end in zip(row, sides, offset, scale, size, strict=True)
+        ]
+        for row in boxes.tolist()
+    ]
+
+
 def _boxes(found: detection.Detections, placed: Placed, labels: Sequence[str], request_id: str) -> list[Box]:
     if not len(found):
         return []
-    corners = placed.to_picture(found.boxes).tolist()
+    corners = placed.to_picture(found.boxes).tolist() if len(found) > 16 else _corners(found.boxes, placed)
     return [
         Box(_label(labels, place), score, x1, y1, x2, y2, place, request_id)
         for (x1, y1, x2, y2), score, place in zip(

@@ -21,7 +21,10 @@ from shoal_agent.runtimes.tensors import Array
 from shoal_protos.errors import ShoalError
 
 ROOT = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory lies on Linux
-THRESHOLD = 64 << 10  # bytes of tensors; below it a copy through the socket is as fast (measured)
+# Bytes of tensors. CPU time of a request through shared memory over one through the socket, both sides,
+# against a model that does nothing: 8 kB 1.13, 32 kB 1.09, 64 kB 1.00, 128 kB 0.95, 225 kB 0.88,
+# 512 kB 0.74, 1 MB 0.23 (x86-64, Linux 6.18, loopback TCP; median of 12 interleaved rounds).
+THRESHOLD = 64 << 10
 _ALIGN = 64
 _SMALLEST = 1 << 20
 

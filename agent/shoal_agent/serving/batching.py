@@ -13,7 +13,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from shoal_agent.runtimes.base import Instance
 from shoal_agent.runtimes.tensors import Array
 from shoal_agent.serving.errors import ModelFailed
+from shoal_agent.serving.workers import Pool
 from shoal_protos.errors import InvalidInput, Overloaded, ShoalError
 
 MAX_BATCH = 16
@@ -106,7 +106,7 @@ class Lane:
         instance: Instance,
         speed: Speed,
         loop: asyncio.AbstractEventLoop,
-        executor: Executor,
+        executor: Pool,
         workers: int,
         max_queue: int = MAX_QUEUE,
     ) -> None:

@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from shoal_agent.serving.observer import Observer, is_empty
 from shoal_agent.serving.samples import Recorder
 from shoal_agent.serving.shadow import Shadow
 from shoal_agent.serving.shared_memory import Regions
+from shoal_agent.serving.workers import Pool
 from shoal_agent.telemetry.sampling import Policy
 from shoal_protos.errors import InvalidInput, NotFound, ShoalError
 from shoal_protos.v1.desired_pb2 import PlacementSettings
@@ -60,7 +60,7 @@ class DataPlane:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        executor: Executor,
+        executor: Pool,
         *,
         workers: int = 1,
         max_queue: int = 256,

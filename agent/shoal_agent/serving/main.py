@@ -19,7 +19,6 @@ import signal
 import ssl
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,10 +149,11 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         from shoal_agent.serving.dataplane import DataPlane
+        from shoal_agent.serving.workers import Workers
 
         self._settings = settings
         workers = os.cpu_count() or 1
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="shoal-model")
+        self._executor = Workers(workers)
         self.plane = DataPlane(
             asyncio.get_running_loop(),
             self._executor,
@@ -212,7 +212,7 @@ class Server:
             await asyncio.gather(loop.run_in_executor(None, self._grpc.stop, grace_s), *ends)
         else:
             await asyncio.gather(*ends)
-        self._executor.shutdown(wait=False)
+        self._executor.shutdown()
         self.plane.regions.close()
 
 

@@ -6,12 +6,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from shoal_agent.runtimes.tensors import Array
 from shoal_agent.serving.batching import run_guarded
 from shoal_agent.serving.feedback import Feedback
+from shoal_agent.serving.workers import Pool
 from shoal_protos.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Shadow:
     """
 
     def __init__(
-        self, loaded: Loaded, executor: Executor, feedback: Feedback, monotonic: Callable[[], float]
+        self, loaded: Loaded, executor: Pool, feedback: Feedback, monotonic: Callable[[], float]
     ) -> None:
         self.loaded = loaded
         self.dropped = 0
