@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from shoal_optimizer.targets import dynamic
 from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target
 from shoal_protos.bundle import RuntimeNeed
 from shoal_protos.errors import MissingExtra
@@ -42,6 +43,7 @@ class OnnxTarget(Target):
     """
 
     name: ClassVar[str] = "onnxruntime"
+    dynamic: ClassVar[bool] = True
 
     def convert(
         self,
@@ -189,7 +191,10 @@ def quiet() -> Iterator[None]:
 
 
 def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: Scheme) -> bytes:
-    """The QDQ form of a float graph. Operations of preprocess and postprocess stay in float."""
+    """The int8 form of a float graph. Operations of preprocess and postprocess stay in float."""
+    if calibration.method == "dynamic":
+        with quiet():
+            return dynamic.quantized(marked_prepared(graph), scheme, excluded_nodes(graph))
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     except ImportError as error:
