@@ -9,6 +9,7 @@ from shoal_optimizer.targets.base import (
     compressed_size,
     find,
     load_exported,
+    load_twin,
     run_instance,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "compressed_size",
     "find",
     "load_exported",
+    "load_twin",
     "run_instance",
 ]
