@@ -192,6 +192,10 @@ def _from_file(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
+    except NotADirectoryError:
+        raise InvalidInput(
+            f"{path.parent} is no directory.", "Name the agent's own with --state-dir or SHOAL_AGENT_DIR."
+        ) from None
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}.", "Correct or remove it.") from error
     if not isinstance(value, dict):

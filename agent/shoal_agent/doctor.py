@@ -354,6 +354,11 @@ def bundles(who: Patient) -> _Found:
         state = desired_pb2.DesiredState.FromString(signed.payload)
     except OSError:
         return [Check("bundles", UNMEASURED, "no desired state yet")]
+    except Exception:  # protobuf's DecodeError has no public base
+        found = f"{paths.desired} is damaged"
+        return [
+            Check("bundles", WARNING, found, "The controller sends it anew while the agent is connected.")
+        ]
 
     def whole(digest: str) -> bool:
         try:

@@ -70,3 +70,10 @@ def test_an_empty_open_directory_is_closed_instead(tmp_path: Path) -> None:
     root.mkdir(mode=0o755)
     Paths(root).create()
     assert root.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_in_the_place_of_the_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="is no directory") as refused:
+        resolve({"state_dir": tmp_path / "file"}, {})
+    assert "--state-dir" in refused.value.remedy

@@ -299,6 +299,33 @@ def test_a_proxy_that_opens_tls(authority: Authority, listening: Any, tmp_path: 
     assert found.state == FAILED and "CN=corporate CA" in found.found and "proxy" in found.remedy
 
 
+def test_an_address_that_is_only_a_hint_is_no_failure() -> None:
+    """A token holds every address of the controller: on a board not all of them can answer."""
+
+    def door(address: str, name: str = "agents") -> Door:
+        return Door(name, address, "lab", "")
+
+    def answer(one: Door, state: str) -> Check:
+        return Check(f"{one.name} door {one.address}", state, "what was found", "" if state == OK else "mend")
+
+    lan, name, loop = door("192.168.1.20:8443"), door("laptop.local:8443"), door("127.0.0.1:8443")
+    other = door("192.168.1.20:8442", "enrolment")
+    asked = [lan, name, loop, other]
+
+    told = doors.weigh(
+        asked, [answer(lan, OK), answer(name, FAILED), answer(loop, FAILED), answer(other, OK)]
+    )
+    assert [check.state for check in told] == [OK, UNMEASURED, OK], "loopback is left out"
+    assert "another address answers" in told[1].found and not told[1].remedy
+
+    told = doors.weigh(asked, [*(answer(one, FAILED) for one in asked[:3]), answer(other, OK)])
+    assert [check.state for check in told] == [FAILED, FAILED, OK], "no agents' door answers"
+    assert all(check.remedy for check in told[:2])
+
+    assert doors.weigh([loop], [answer(loop, FAILED)])[0].state == FAILED, "the only one known"
+    assert len(doors.weigh([lan, loop], [answer(lan, FAILED), answer(loop, OK)])) == 2
+
+
 def test_names_and_ports(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
 
@@ -380,6 +407,11 @@ def test_bundles_and_failures(config: Config, nobody: Patient) -> None:
     config.paths.desired.write_bytes(
         desired_pb2.Signed(payload=state.SerializeToString()).SerializeToString()
     )
+    whole = config.paths.desired.read_bytes()
+    config.paths.desired.write_bytes(b"\xff" * 9)
+    damaged = one(doctor.bundles(nobody))
+    assert damaged.state == WARNING and "is damaged" in damaged.found and "anew" in damaged.remedy
+    config.paths.desired.write_bytes(whole)
     missing = one(doctor.bundles(nobody))
     assert missing.state == WARNING and "aaaaaaaaaaaa for signs" in missing.found
     saved = {
