@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,17 +16,40 @@ from shoal_protos.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from shoal_agent.client import Client
+    from shoal_protos.bundle import Signature
 
 
 def infer(options: argparse.Namespace) -> int:
-    """Asks the agent of this machine (or `--address`) about each file and prints a line for each."""
+    """Asks the agent of this machine (or `--address`) about each file and prints a line for each.
+
+    One of several files that cannot be read is told and left out; the command then ends with code 1.
+    """
     from shoal_agent.client import Client  # numpy: only here
 
+    left_out = 0
     with Client(options.address or _own_address(options), model=options.model) as client:
-        for path in _files(options.files):
-            answers = _ask(client, path, options.top)
+        signature = _signature(client, options)
+        files = list(_files(options.files))
+        for path in files:
+            try:
+                answers = _ask(client, signature, path, options.top)
+            except InvalidInput as error:
+                if len(files) == 1:
+                    raise
+                print(f"shoal-agent: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                left_out += 1
+                continue
             print(_as_json(path, answers) if options.json else _as_text(path, answers), flush=True)  # noqa: T201
-    return 0
+    return 1 if left_out else 0
+
+
+def _signature(client: Client, options: argparse.Namespace) -> Signature:
+    try:
+        return client.signature()
+    except InvalidInput as error:
+        if options.model:
+            raise
+        raise InvalidInput(error.message, "Name one with --model NAME.") from None
 
 
 def _own_address(options: argparse.Namespace) -> str:
@@ -58,19 +82,36 @@ def _files(names: list[str]) -> Iterator[Path]:
             yield path
 
 
-def _ask(client: Client, path: Path, top: int) -> list[Any]:
+def _ask(client: Client, signature: Signature, path: Path, top: int) -> list[Any]:
     """Classes or boxes, best first; for a model of values its numbers."""
     source: Any = path
     if path.suffix == ".npy":
-        import numpy as np
-
-        source = np.load(path, allow_pickle=False)
-    kind = client.signature().output_kind
+        source = _array(path)
+    elif signature.input_kind == "tensor" and path.exists():
+        declared = f"{signature.inputs[0].datatype} {list(signature.inputs[0].shape)}"
+        raise InvalidInput(
+            f"{path.name} is no array, and this model takes nothing else: {declared}.",
+            "Save one with numpy.save('FILE.npy', array).",
+        )
+    kind = signature.output_kind
     if kind == "boxes":
         return list(client.detect(source))
     if kind == "logits":
         return list(client.classify(source, top=top))
     return [output.tolist() for output in client.infer(source).outputs.values()]
+
+
+def _array(path: Path) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InvalidInput(f"There is no file {path}.") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise InvalidInput(
+            f"{path.name} is not an array of numbers: {error}", "Save it with numpy.save."
+        ) from None
 
 
 def _as_text(path: Path, answers: list[Any]) -> str:

@@ -48,6 +48,41 @@ def test_a_folder_as_json_lines(server: Server, tmp_path: Path, capsys: pytest.C
     assert all(len(row["answers"]) == 2 and row["answers"][0]["label"] for row in rows)
 
 
+def test_one_bad_file_of_several_is_told_and_left_out(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = picture(tmp_path / "b.png"), tmp_path / "a.png"
+    bad.write_bytes(b"no picture")
+    (tmp_path / "c.npy").write_bytes(b"no array")
+    assert cli.main(ask(server, str(bad), str(good), str(tmp_path / "c.npy"))) == 1
+    told = capsys.readouterr()
+    assert told.out.startswith("b.png\t") and len(told.out.splitlines()) == 1
+    assert "a.png is not a picture" in told.err and "c.npy is not an array" in told.err
+    assert cli.main(ask(server, str(bad))) == 2, "alone it is a wrong line"
+    assert cli.main(ask(server, str(tmp_path / "none.npy"))) == 2
+    assert "There is no file" in capsys.readouterr().err
+
+
+def test_a_picture_for_a_model_of_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = Server(tmp_path, bundles.vector_bundle)
+    try:
+        assert cli.main(ask(server, str(picture(tmp_path / "a.png")))) == 2
+        told = capsys.readouterr().err
+        assert "a.png is no array" in told and "FP32 [-1, 64]" in told and "numpy.save" in told
+    finally:
+        server.stop()
+
+
+def test_several_models_want_a_name(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = bundles.onnx_bundle(tmp_path / "other", seed=1)
+    server.plane.load("other", other.path, other.digest)
+    assert cli.main(ask(server, str(picture(tmp_path / "a.png")))) == 2
+    assert "2 models" in (told := capsys.readouterr().err) and "--model NAME" in told
+    assert cli.main(ask(server, "--model", "other", str(tmp_path / "a.png"))) == 0
+
+
 def test_an_array_file(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "one.npy", bundles.images(1)[0])
     assert cli.main(ask(server, str(tmp_path / "one.npy"))) == 0

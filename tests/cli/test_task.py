@@ -121,6 +121,8 @@ class TestPushed:
             settings={}, assignment="", release="", version=1, choice={}, devices=1, created_ms=1,
         )  # fmt: skip
         assert pushed.next_command("m", 2, 1, [endpoint]) == "Roll it out: shoal rollout create door -w"
-        assert "shoal-agent infer" in pushed.next_command("m", 1, 1, [endpoint])
+        assert "shoal-agent infer FILE" in pushed.next_command("m", 1, 1, [endpoint])
+        other = endpoint.model_copy(update={"name": "other", "model": "o"})
+        assert "shoal-agent infer --model door FILE" in pushed.next_command("m", 1, 1, [other, endpoint])
         moving = endpoint.model_copy(update={"rollout": "r-0001"})
         assert "shoal rollout get r-0001 -w" in pushed.next_command("m", 2, 1, [moving])

@@ -70,8 +70,10 @@ def next_command(model: str, version: int, fleet: int, endpoints: Sequence[schem
         if going is not None:
             return f"It is being rolled out: shoal rollout get {going.rollout} -w"
         if own[0].version == version:
+            # With one endpoint a device knows which is meant.
+            which = "" if len(endpoints) == 1 else f"--model {own[0].name} "
             return (
-                "Ask it, on the device: shoal-agent infer FILE\n"
+                f"Ask it, on the device: shoal-agent infer {which}FILE\n"
                 f"Search for something smaller and faster: shoal optimization start {own[0].name} -w"
             )
         return f"Roll it out: shoal rollout create {own[0].name} -w"
