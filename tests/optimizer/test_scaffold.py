@@ -86,6 +86,15 @@ class TestTables:
         assert task.pre(torch.from_numpy(raw))[:, 2:].tolist() == [[1.0, 0.0], [0.0, 0.0]]
         assert not np.isnan(task.required("evaluation").inputs).any()
 
+    def test_rows_that_ask_the_same_are_on_one_side(self, tmp_path: Path) -> None:
+        rows = [[["mon", "tue"][i % 2], "" if i % 5 == 0 else f"{i % 30}.5", f"{i}.25"] for i in range(300)]
+        task = load_task(scaffold.new(write_csv(tmp_path / "s.csv", [["day", "area", "price"], *rows])).task)
+        train, judge = (
+            {row.tobytes() for row in np.asarray(data.inputs)}
+            for data in (task.required("training"), task.required("evaluation"))
+        )
+        assert train and judge and not train & judge
+
     def test_quantities(self, tmp_path: Path) -> None:
         values = RNG.normal(0, 1, (200, 2))
         rows = [["a", "b", "price"], *[[f"{a:.4f}", f"{b:.4f}", f"{5000 + 300 * a:.2f}"] for a, b in values]]

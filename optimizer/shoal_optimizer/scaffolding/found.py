@@ -81,8 +81,9 @@ class Found:
 
 
 def stable_split(keys: Sequence[str], classes: np.ndarray | None) -> np.ndarray:
-    """Which items judge the model: a fifth of each class (or of all), chosen by the keys' hashes, so
-    the same item is on the same side whenever it is read again."""
+    """Which items judge the model: about a fifth of each class (or of all), chosen by the keys' hashes,
+    so the same item is on the same side whenever it is read again, and equal keys are on one side as
+    far as that leaves items for both."""
     order = np.array([hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8] for key in keys])
     chosen = np.zeros(len(keys), bool)
     groups = np.zeros(len(keys), np.int64) if classes is None else classes
@@ -90,10 +91,18 @@ def stable_split(keys: Sequence[str], classes: np.ndarray | None) -> np.ndarray:
         own = np.flatnonzero(groups == group)
         own = own[np.argsort(order[own], kind="stable")]
         count = max(1, round(len(own) / EVALUATION_SHARE)) if len(own) > 1 else 0
-        chosen[own[:count]] = True
+        chosen[own[: _between_keys(order[own], count)]] = True
     if not chosen.any():
         raise InvalidInput("There are too few items to judge a model by.", "Give at least two of each class.")
     return chosen
+
+
+def _between_keys(ordered: np.ndarray, count: int) -> int:
+    """The cut nearest below `count` that parts no equal keys; `count` where there is none."""
+    cut = count
+    while 0 < cut < len(ordered) and ordered[cut - 1] == ordered[cut]:
+        cut -= 1
+    return cut or count
 
 
 def describe_classes(found: Found) -> None:
