@@ -97,7 +97,7 @@ def overview() -> str:
         "",
         "Examples:",
         "  shoal up",
-        "  shoal model push examples/digits.py --name digits --wait",
+        "  shoal model push examples/digits.py --serve --wait",
         "  shoal rollout get r-0002 -w",
         "",
         "`shoal COMMAND --help` says more. Exit codes: docs/cli.md.",

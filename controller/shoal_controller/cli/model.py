@@ -53,7 +53,7 @@ def list_models(
     """Lists models. Example: shoal model list -o name"""
     with connect(ctx) as client:
         found = client.models()
-    empty = "No model. Push one: shoal model push examples/digits.py --name digits"
+    empty = "No model. Push one: shoal model push examples/digits.py --serve --wait"
     output.show_many(found, COLUMNS, form=form, as_json=as_json, names=columns, empty=empty)
 
 

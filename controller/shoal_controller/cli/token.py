@@ -34,10 +34,9 @@ BY_LINE = (
     "The token alone, for a machine where Shoal is installed: --json, field `token`."
 )
 BY_HAND = (
-    "On a machine with internet and pip:\n"
-    "  pip install 'shoal[agent,onnxruntime]'\n"
-    "  shoal-agent join   (asks for the token; or SHOAL_JOIN_TOKEN, or --token-file FILE)\n"
-    "  shoal-agent run"
+    "On a machine with internet and pip, in a checkout of Shoal:\n"
+    "  pip install '.[agent,onnxruntime]'\n"
+    "  shoal-agent join   (asks for the token; or SHOAL_JOIN_TOKEN, or --token-file FILE)"
 )
 
 

@@ -135,5 +135,5 @@ def next_commands(settings: Settings) -> list[str]:
     return [
         *first,
         "shoal token create --join --uses 10 --ttl 1h",
-        "shoal model push examples/digits.py --name digits --wait",
+        "shoal model push examples/digits.py --serve --wait",
     ]
