@@ -217,6 +217,7 @@ class Contender:
     run: Loop
     server: int | None = None  # its process id
     wall: list[float] = field(default_factory=list)
+    quiet: list[float] = field(default_factory=list)  # the fastest frame, which nobody disturbed
     cpu: list[float] = field(default_factory=list)
 
     def measure(self, data: bytes, frames: int) -> None:
@@ -228,6 +229,7 @@ class Contender:
             times.append(time.perf_counter() - start)
         self.cpu.append((self._cpu() - before) / frames * 1e3)
         self.wall.append(statistics.median(times) * 1e3)
+        self.quiet.append(min(times) * 1e3)
 
     def _cpu(self) -> float:
         own = time.process_time()
@@ -299,30 +301,38 @@ def report(contenders: dict[str, Contender], sizes: dict[str, int], target: Path
     ours = contenders["Shoal client and agent"]
     hand = {title: part for title, part in contenders.items() if part.server is None}
     best = min(hand, key=lambda title: statistics.median(hand[title].wall))
+    calm = min(hand, key=lambda title: statistics.median(hand[title].quiet))
     thrifty = min(hand, key=lambda title: statistics.median(hand[title].cpu))
     figures: dict[str, dict[str, Any]] = {
         "end_to_end_over_handwritten": ratio(ours.wall, hand[best].wall),
         "cpu_over_handwritten": ratio(ours.cpu, hand[thrifty].cpu),
+        "undisturbed_over_handwritten": ratio(ours.quiet, hand[calm].quiet),
     }
     for key, part in {"client_and_agent": ours, "handwritten": hand[best]}.items():
         figures[f"{key}_ms"] = {
             "value": statistics.median(part.wall), "unit": "ms", "n": len(part.wall)
         }  # fmt: skip
-    lines = ["| loop | median, ms | CPU a frame, ms | boxes |", "|---|---|---|---|"]
+    lines = ["| loop | median, ms | fastest, ms | CPU a frame, ms | boxes |", "|---|---|---|---|---|"]
     for title, part in sorted(contenders.items(), key=lambda item: statistics.median(item[1].wall)):
         wall, cpu = statistics.median(part.wall), statistics.median(part.cpu)
-        lines.append(f"| {title} | {wall:.2f} | {cpu:.2f} | {sizes[title]} |")
+        quiet = statistics.median(part.quiet)
+        lines.append(f"| {title} | {wall:.2f} | {quiet:.2f} | {cpu:.2f} | {sizes[title]} |")
     lines += ["", "| figure | value | 95 % interval | aim | met |", "|---|---|---|---|---|"]
     for key, aim in AIMS.items():
         found = figures[key]
         met = "yes" if found["value"] <= aim else "no"
         interval = f"{found['low']:.3f} to {found['high']:.3f}"
         lines.append(f"| {key} | {found['value']:.3f} | {interval} | <= {aim:g} | {met} |")
+    found = figures["undisturbed_over_handwritten"]
+    interval = f"{found['low']:.3f} to {found['high']:.3f}"
+    lines.append(f"| undisturbed_over_handwritten | {found['value']:.3f} | {interval} | | |")
     text = "\n".join(lines)
     print(text)
     note = (
         f"The model takes {size} pixels. Fastest by hand: {best}; least CPU by hand: {thrifty}. The load of "
-        f"the machine at the end was {os.getloadavg()[0]:.1f}."
+        f"the machine at the end was {os.getloadavg()[0]:.1f}: on a busy one two processes get more of the "
+        "processors than one, so medians are no fair comparison. `undisturbed` compares each "
+        "round's fastest frames; CPU time is the figure to trust."
     )
     print(f"\n{note}")
     if target:
