@@ -31,7 +31,7 @@ def graph(change: Change | None = None) -> bytes:
         "x_scale": np.float32(0.1),
         "x_zero": np.int8(0),
         "w_q": np.ones((3, 2, 1, 1), np.int8),
-        "w_scale": np.float32([0.1, 0.2, 0.3]),
+        "w_scale": np.array([0.1, 0.2, 0.3], np.float32),
         "w_zero": np.zeros(3, np.int8),
         "b": np.zeros(3, np.float32),
     }
@@ -121,16 +121,16 @@ BROKEN: list[tuple[str, Change]] = [
     ("signed_int8", renamed("q", 2, "")),  # without one the type is uint8
     ("signed_int8", constant("w_q", np.ones((3, 2, 1, 1), np.uint8))),
     ("zero_points_are_zero", constant("x_zero", np.int8(3))),
-    ("zero_points_are_zero", constant("w_zero", np.int8([0, 0, 1]))),
+    ("zero_points_are_zero", constant("w_zero", np.array([0, 0, 1], np.int8))),
     ("zero_points_are_zero", renamed("dq", 2, "computed")),
     ("scales_are_positive_constants", constant("x_scale", np.float32(0))),
-    ("scales_are_positive_constants", constant("w_scale", np.float32([1, -1, 1]))),
+    ("scales_are_positive_constants", constant("w_scale", np.array([1, -1, 1], np.float32))),
     ("scales_are_positive_constants", constant("x_scale", np.float32(np.inf))),
     ("scales_are_positive_constants", constant("x_scale", np.float64(0.1))),
     ("scales_are_positive_constants", renamed("q", 1, "computed")),
-    ("activations_per_tensor", constant("x_scale", np.float32([0.1, 0.2]))),
-    ("weights_per_output_channel", constant("w_scale", np.float32([0.1, 0.2]))),
-    ("weights_per_output_channel", all_of(axis(1), constant("w_scale", np.float32([0.1, 0.2])))),
+    ("activations_per_tensor", constant("x_scale", np.array([0.1, 0.2], np.float32))),
+    ("weights_per_output_channel", constant("w_scale", np.array([0.1, 0.2], np.float32))),
+    ("weights_per_output_channel", all_of(axis(1), constant("w_scale", np.array([0.1, 0.2], np.float32)))),
     (
         "float_biases",
         all_of(
