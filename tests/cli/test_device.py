@@ -88,12 +88,16 @@ def test_an_offline_device_answers_later(kitchen: Api, shoal: Shoal) -> None:
     assert done.code == 6 and done.out == ""
     assert "kitchen is offline" in done.err and "answers q-0001 when it comes back" in done.err
     assert "shoal device logs kitchen --last" in done.err
+    script = shoal("device", "logs", "kitchen", "--json")
+    assert script.code == 6 and schemas.DeviceRequest.model_validate_json(script.out).state == "open"
 
 
 def test_waiting_ends_with_the_timeout(kitchen: Api, shoal: Shoal) -> None:
     answers_after(kitchen, "diagnose", "", polls=10**6)
     done = shoal("device", "diagnose", "kitchen", "--timeout", "50ms")
     assert done.code == 6 and "has not answered q-0001 within 50ms" in done.err
+    script = shoal("device", "diagnose", "kitchen", "--timeout", "50ms", "--json")
+    assert script.code == 6 and schemas.DeviceRequest.model_validate_json(script.out).id == "q-0001"
 
 
 def test_an_expired_request_fails(kitchen: Api, shoal: Shoal) -> None:

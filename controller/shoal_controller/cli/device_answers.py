@@ -34,7 +34,7 @@ def logs(
 ) -> None:
     """Fetches the last logs of a device's processes. Example: shoal device logs kitchen > kitchen.log"""
     with connect(ctx) as client:
-        _, answer = _answer(client, device, "logs", last, timeout)
+        _, answer = _answer(client, device, "logs", last, timeout, as_json)
     if as_json:
         output.print_json(answer)
     else:
@@ -50,7 +50,7 @@ def diagnose(
 ) -> None:
     """Lets a device examine itself; code 1 when a check failed. Example: shoal device diagnose kitchen"""
     with connect(ctx) as client:
-        _, answer = _answer(client, device, "diagnose", last, timeout)
+        _, answer = _answer(client, device, "diagnose", last, timeout, as_json)
     found = diagnosis.read(answer.body)
     if as_json:
         output.print_json(answer)
@@ -71,7 +71,7 @@ def profile(
 ) -> None:
     """Lets a device measure its hardware anew. Example: shoal device profile kitchen"""
     with connect(ctx) as client:
-        before, answer = _answer(client, device, "profile", last, timeout)
+        before, answer = _answer(client, device, "profile", last, timeout, as_json)
         after = client.device(before.id)
     if as_json:
         output.print_json(answer)
@@ -81,9 +81,9 @@ def profile(
 
 
 def _answer(
-    client: Client, key: str, kind: str, last: bool, timeout: str
+    client: Client, key: str, kind: str, last: bool, timeout: str, as_json: bool
 ) -> tuple[schemas.DeviceDetail, schemas.DeviceRequest]:
-    """The device and its answer.
+    """The device and its answer. With `as_json` a request that stays open is printed too.
 
     Raises:
         NotFound: `--last`, and it never answered such a request.
@@ -97,6 +97,8 @@ def _answer(
     asked = client.ask_device(device.id, kind)
     later = f"Read it then: shoal device {kind} {device.name} --last"
     if device.status in UNREACHED:
+        if as_json:
+            output.print_json(asked)
         heard = (
             f"heard {output.pretty('time', device.last_seen_ms)}" if device.last_seen_ms else "never heard"
         )
@@ -114,6 +116,8 @@ def _answer(
                 raise ShoalError(f"{device.name} did not answer {asked.id} in its time.", "Ask again.")
             tell(time.monotonic() - begun)
             time.sleep(min(INTERVAL_S, max(0.0, limit_s - (time.monotonic() - begun))))
+    if as_json:
+        output.print_json(asked)
     raise StillGoing(
         f"{device.name} has not answered {asked.id} within {timeout}. It will when it can, within a day.",
         later,
