@@ -356,6 +356,7 @@ def _point(row: Variant, measured: Mapping[str, Measurement]) -> VariantPoint:
             "latency_p95": (latency or {}).get("p95_ms"),
             "memory": memory,
             "size": float(row.size_bytes),
+            "wire": float(row.wire_bytes or row.size_bytes),
         },
     )
 

@@ -23,7 +23,12 @@ from shoal_protos.errors import ShoalError, Unsupported
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_STEPS = {"channel_pruning": "prune", "distillation": "distil", "quantization": "quantize"}
+_STEPS = {
+    "channel_pruning": "prune",
+    "weight_pruning": "prune",
+    "distillation": "distil",
+    "quantization": "quantize",
+}
 
 
 @dataclass(frozen=True)

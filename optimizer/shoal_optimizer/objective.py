@@ -3,9 +3,10 @@
     accuracy>=0.97, latency_p95<=5ms, memory<=64MB; minimise size
 
 Metrics: `accuracy` (the task's metric, 1 = perfect, `%` allowed), `latency_p50`, `latency_p95`
-(us, ms, s; plain numbers are ms), `memory`, `size` (B, kB, MB, GB, KiB, MiB, GiB; plain numbers are
-bytes). Constraints are joined by commas; after the semicolon comes the goal, or several in order of
-importance: `minimise latency_p95, size; maximise accuracy`.
+(us, ms, s; plain numbers are ms), `memory`, `size` and `wire`, the size as it is sent, compressed
+(B, kB, MB, GB, KiB, MiB, GiB; plain numbers are bytes). Constraints are joined by commas; after the
+semicolon comes the goal, or several in order of importance: `minimise latency_p95, size; maximise
+accuracy`. Naming `wire` makes the search prune single weights too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import groupby
 from shoal_protos.errors import InvalidInput
 
 ACCURACY = "accuracy"
-METRICS = (ACCURACY, "latency_p50", "latency_p95", "memory", "size")
+METRICS = (ACCURACY, "latency_p50", "latency_p95", "memory", "size", "wire")
 DEFAULT = "accuracy>=0; minimise latency_p95"
 _TIE_BREAK = ("accuracy", "latency_p95", "size", "memory")
 
@@ -29,7 +30,14 @@ _BYTES = {
     "kib": 1024.0, "mib": 1024.0**2, "gib": 1024.0**3,
 }  # fmt: skip
 _SHARE = {"": 1.0, "%": 0.01}
-_UNITS = {"accuracy": _SHARE, "latency_p50": _TIME, "latency_p95": _TIME, "memory": _BYTES, "size": _BYTES}
+_UNITS = {
+    "accuracy": _SHARE,
+    "latency_p50": _TIME,
+    "latency_p95": _TIME,
+    "memory": _BYTES,
+    "size": _BYTES,
+    "wire": _BYTES,
+}
 
 _CONSTRAINT = re.compile(r"([a-z][a-z0-9_]*)\s*(>=|<=|==|=|>|<)\s*([^\s<>=]+(?:\s*[^\s<>=]+)?)")
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-zA-Zµ%]*)")
@@ -90,6 +98,10 @@ class Objective:
 
     constraints: tuple[Constraint, ...] = ()
     goals: tuple[str, ...] = ("latency_p95",)
+
+    def names(self, metric: str) -> bool:
+        """True when a constraint or a goal is about the metric."""
+        return metric in self.goals or any(c.metric == metric for c in self.constraints)
 
     def __str__(self) -> str:
         bounds = ", ".join(f"{c.metric}{c.operator}{_exact(c.metric, c.bound)}" for c in self.constraints)

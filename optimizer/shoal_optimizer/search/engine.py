@@ -108,7 +108,7 @@ class Search:
         except ShoalError as error:
             self.workshop.voice.progress("prune", 1.0, f"{recipe.name} is left out: {error.message}")
         progressed = any(
-            frontier.progressed(old, new)
+            frontier.progressed(old, new, metrics=frontier.metrics_for(self.objective))
             for old, new in zip(before, self._fronts(self.candidates()), strict=True)
         )
         values = self.selection.told(made)
@@ -196,5 +196,7 @@ def prepare(workshop: Workshop, selection: Selection, objective: Objective) -> S
     workshop.voice.progress("analyse", None, workshop.task.label)
     analysis = analyse(workshop.task)
     trainable = workshop.task.has_module and workshop.task.trainable
-    found = space.build(analysis, workshop.spec.classes, trainable=trainable)
+    found = space.build(
+        analysis, workshop.spec.classes, trainable=trainable, sparse=objective.names(frontier.WIRE)
+    )
     return Search(workshop, selection, objective, found, analysis)

@@ -181,6 +181,7 @@ def point(candidate: Candidate, figures: Figures) -> Point:
             "latency_p50": estimate(figures.latency_p50),
             frontier.LATENCY: estimate(figures.latency_p95),
             frontier.SIZE: Estimate(float(candidate.size_bytes)),
+            frontier.WIRE: Estimate(float(candidate.wire_bytes)),
             frontier.MEMORY: estimate(figures.memory),
         },
     )

@@ -19,6 +19,7 @@ Z95 = 1.959963984540054  # two-sided 95 %
 ACCURACY = "accuracy"
 LATENCY = "latency_p95"
 SIZE = "size"
+WIRE = "wire"  # bytes compressed for sending: only where the objective asks for them
 MEMORY = "memory"
 METRICS = (ACCURACY, LATENCY, SIZE, MEMORY)
 HIGHER_IS_BETTER = frozenset({ACCURACY})
@@ -125,6 +126,11 @@ def undecided(
     return result
 
 
+def metrics_for(objective: Objective) -> tuple[str, ...]:
+    """What makes one point better than another under an objective."""
+    return (*METRICS, WIRE) if objective.names(WIRE) else METRICS
+
+
 def ordered(points: Iterable[Point], objective: Objective) -> list[Point]:
     """The points best first by an objective's own ranking, so that order and choice can't disagree."""
     pool = {p.key: p for p in points}
@@ -136,7 +142,13 @@ def as_objective_point(point: Point) -> objectives.Point:
     return objectives.Point(point.key, {m: f.value for m, f in point.figures.items() if f is not None})
 
 
-def progressed(before: Sequence[Point], after: Sequence[Point], *, z: float = Z95) -> bool:
+def progressed(
+    before: Sequence[Point],
+    after: Sequence[Point],
+    *,
+    z: float = Z95,
+    metrics: Sequence[str] = METRICS,
+) -> bool:
     """True if the front of `after` holds a point that the front of `before` did not."""
-    known = {p.key for p in front(before, z=z)}
-    return any(p.key not in known for p in front(after, z=z))
+    known = {p.key for p in front(before, z=z, metrics=metrics)}
+    return any(p.key not in known for p in front(after, z=z, metrics=metrics))

@@ -75,15 +75,16 @@ def _tell(study: Study, distributions: dict[str, BaseDistribution], space: Space
         return
     values = {k: v for k, v in result.values.items() if v is not None and math.isfinite(v)}
     study.enqueue_trial(dict(result.params), user_attrs={"values": values})
-    study.tell(study.ask(distributions), _costs(values))
+    study.tell(study.ask(distributions), _costs(values, "wire" if space.sparsities else "size"))
 
 
 def _first_untried(space: Space, done: set[tuple[Any, ...]]) -> Params | None:
     every = (
-        {"ratio": ratio, "teacher": teacher, "epochs": epochs}
+        {"ratio": ratio, "teacher": teacher, "epochs": epochs, **sparse}
         for ratio in space.ratios
         for epochs in space.epochs
         for teacher in space.teacher
+        for sparse in ([{"sparsity": share} for share in space.sparsities] or [{}])
     )
     return next((params for params in every if _identity(params) not in done), None)
 
@@ -101,12 +102,12 @@ def _constraints(objective: Objective) -> Callable[[FrozenTrial], Sequence[float
     return excesses
 
 
-def _costs(values: Mapping[str, float]) -> list[float]:
+def _costs(values: Mapping[str, float], size: str = "size") -> list[float]:
     accuracy = values.get("accuracy")
     return [
         1.0 - accuracy if accuracy is not None else _UNMEASURED,
         values.get("latency_p95", _UNMEASURED),
-        values.get("size", _UNMEASURED),
+        values.get(size, _UNMEASURED),
     ]
 
 
@@ -119,6 +120,8 @@ def _fits(params: Params, space: Space) -> bool:
         params.get("ratio") in space.ratios
         and params.get("teacher") in space.teacher
         and params.get("epochs") in space.epochs
+        and ("sparsity" in params) == bool(space.sparsities)
+        and params.get("sparsity", 0.0) in (space.sparsities or (0.0,))
     )
 
 
@@ -133,10 +136,14 @@ def _distributions(space: Space) -> dict[str, BaseDistribution]:
         ratio = FloatDistribution(space.ratios[0], space.ratios[-1], step=steps.pop())
     else:
         ratio = CategoricalDistribution(space.ratios)
+    sparse: dict[str, BaseDistribution] = (
+        {"sparsity": CategoricalDistribution(space.sparsities)} if space.sparsities else {}
+    )
     return {
         "ratio": ratio,
         "teacher": CategoricalDistribution(space.teacher),
         "epochs": CategoricalDistribution(space.epochs),
+        **sparse,
     }
 
 

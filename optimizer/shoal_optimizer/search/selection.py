@@ -79,10 +79,11 @@ class Selection:
     def _best_first(self, points: Sequence[Point], members: Mapping[str, Candidate]) -> list[Point]:
         """The front, best first. What nobody has judged on its class yet neither goes before what is
         proven, the plain conversion above all, nor keeps it out."""
+        metrics = frontier.metrics_for(self.objective)
         proven = [p for p in points if _proven(p, members[p.key])]
-        unproven = [p for p in frontier.front(points) if not _proven(p, members[p.key])]
+        unproven = [p for p in frontier.front(points, metrics=metrics) if not _proven(p, members[p.key])]
         return [
-            *frontier.ordered(frontier.front(proven), self.objective),
+            *frontier.ordered(frontier.front(proven, metrics=metrics), self.objective),
             *frontier.ordered(unproven, self.objective),
         ]
 
@@ -126,7 +127,9 @@ class Selection:
             return
         members = {c.name: c for c in self.members(profile_class, candidates)}
         points = [fidelity.point(c, fidelity.guess(c, self.glance(c))) for c in members.values()]
-        undecided = frontier.undecided(points, noisy=(frontier.LATENCY,))
+        undecided = frontier.undecided(
+            points, metrics=frontier.metrics_for(self.objective), noisy=(frontier.LATENCY,)
+        )
         for number, point in enumerate(undecided):
             self.workshop.voice.progress("measure", number / len(undecided), point.key)
             self.careful(members[point.key], profile_class)

@@ -20,10 +20,11 @@ RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75)
 KNOWN_GOOD = 0.5  # pruned by half, then distilled: no loss in ten measured cases
 NEXT_BEST = 0.625  # half as many multiply-adds again, half a point lost on the larger nets measured
 EPOCHS = (6, 10, 16)
+SPARSITIES = (0.8, 0.9, 0.0)  # of single weights, where bytes on the wire count; best guess first
 MIN_CHANNELS = 8  # what widths are rounded to: below it nothing is saved
 ROUND_TO = 8
 
-Params = Mapping[str, Any]  # of one network: "ratio", "teacher", "epochs"
+Params = Mapping[str, Any]  # of one network: "ratio", "teacher", "epochs", and "sparsity" where it is open
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Space:
     teacher: tuple[bool, ...]  # fine-tune towards the original's outputs, or on targets alone
     epochs: tuple[int, ...]
     exports: tuple[Export, ...]
+    sparsities: tuple[float, ...] = ()  # empty = single weights are not pruned
 
     def known_good(self) -> list[Params]:
         """Networks to try first, best guess first."""
@@ -59,20 +61,28 @@ class Space:
             _, nearest = min((abs(ratio - wanted), ratio) for ratio in self.ratios)
             if nearest not in ratios:
                 ratios.append(nearest)
-        return [{"ratio": ratio, "teacher": True, "epochs": epochs} for ratio in ratios]
+        sparse = {"sparsity": self.sparsities[0]} if self.sparsities else {}
+        return [{"ratio": ratio, "teacher": True, "epochs": epochs, **sparse} for ratio in ratios]
 
     def size(self) -> int:
         """Number of different networks."""
-        return len(self.ratios) * len(self.teacher) * len(self.epochs)
+        return len(self.ratios) * len(self.teacher) * len(self.epochs) * max(1, len(self.sparsities))
 
 
-def build(analysis: Analysis, classes: Sequence[ProfileClass], *, trainable: bool) -> Space:
-    """The space for a task: ratios that leave every layer wide enough, the targets of the classes."""
+def build(
+    analysis: Analysis, classes: Sequence[ProfileClass], *, trainable: bool, sparse: bool = False
+) -> Space:
+    """The space for a task: ratios that leave every layer wide enough, the targets of the classes.
+
+    Args:
+        sparse: prune single weights too; only the compressed size gains from it.
+    """
     return Space(
         ratios=_ratios(analysis) if trainable else (),
         teacher=(True, False),
         epochs=EPOCHS,
         exports=exports_for(classes),
+        sparsities=SPARSITIES if sparse and trainable else (),
     )
 
 
@@ -124,14 +134,23 @@ PLAIN = Recipe((), "plain")
 
 
 def network(params: Params) -> Recipe:
-    """The training part of a recipe: prune channels, then fine-tune."""
+    """The training part of a recipe: prune channels, fine-tune, and prune weights where that is open."""
     ratio = float(params["ratio"])
     steps = [
         Step("channel_pruning", {"ratio": ratio, "round_to": ROUND_TO}),
         Step("distillation", {"epochs": int(params["epochs"]), "alpha": 0.7 if params["teacher"] else 0.0}),
     ]
+    sparsity = float(params.get("sparsity", 0.0))
+    if sparsity:
+        steps.append(
+            Step(
+                "weight_pruning",
+                {"sparsity": sparsity, "epochs": int(params["epochs"]), "alpha": steps[1].params["alpha"]},
+            )
+        )
     suffix = "" if params["teacher"] else "-alone"
     suffix += "" if int(params["epochs"]) == 10 else f"-e{params['epochs']}"
+    suffix += f"-zeros{sparsity * 100:g}" if sparsity else ""
     return Recipe(tuple(steps), f"pruned{ratio * 100:g}{suffix}".replace(".", "_"))
 
 
