@@ -32,7 +32,21 @@ _INT8_OPS = frozenset(
     )
 )
 _FLOAT_OPS = frozenset(
-    ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "LSTM", "GRU")
+    (
+        "Conv",
+        "FusedConv",
+        "NhwcFusedConv",
+        "ConvTranspose",
+        "Gemm",
+        "FusedGemm",
+        "MatMul",
+        "FusedMatMul",
+        "Attention",
+        "MultiHeadAttention",
+        "LSTM",
+        "GRU",
+        "RNN",
+    )
 )
 _TYPES = {
     "tensor(bool)": "BOOL",
