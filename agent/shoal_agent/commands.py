@@ -194,6 +194,9 @@ def leave(options: argparse.Namespace) -> int:
         _say(f"{left.device} has left the fleet{'' if left.told else ' as far as this machine goes'}.")
     if left.device and not left.told:
         _say(f"The fleet does not know: let the operator run  shoal device remove {left.device}")
+    if not left.device:
+        _say("No readable identity was here, so no fleet was told. If one lists this device, let its")
+        _say("operator run  shoal device remove NAME")
     for place in left.removed:
         _say(f"removed     {place}")
     _lines(left.rest, "left        {} (it holds files that are not the agent's)")

@@ -125,4 +125,5 @@ class TestPushed:
         other = endpoint.model_copy(update={"name": "other", "model": "o"})
         assert "shoal-agent infer --model door FILE" in pushed.next_command("m", 1, 1, [other, endpoint])
         moving = endpoint.model_copy(update={"rollout": "r-0001"})
-        assert "shoal rollout get r-0001 -w" in pushed.next_command("m", 2, 1, [moving])
+        assert "Another version" in pushed.next_command("m", 2, 1, [moving])
+        assert pushed.next_command("m", 2, 1, [moving], {"door"}).endswith("shoal rollout get r-0001 -w")

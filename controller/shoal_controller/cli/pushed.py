@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,13 +62,25 @@ def _word(figures: schemas.VariantFigures) -> str:
     return "passed its probe" if proven else "not probed yet"
 
 
-def next_command(model: str, version: int, fleet: int, endpoints: Sequence[schemas.Endpoint]) -> str:
-    """The sentence that ends a push: what to type now."""
+def next_command(
+    model: str,
+    version: int,
+    fleet: int,
+    endpoints: Sequence[schemas.Endpoint],
+    rolling: Collection[str] = (),
+) -> str:
+    """The sentence that ends a push: what to type now. `rolling` names the endpoints whose rollout is one
+    to this very version."""
     own = [endpoint for endpoint in endpoints if endpoint.model == model]
     if own:
         going = next((e for e in own if e.rollout), None)
         if going is not None:
-            return f"It is being rolled out: shoal rollout get {going.rollout} -w"
+            if going.name in rolling:
+                return f"It is being rolled out: shoal rollout get {going.rollout} -w"
+            return (
+                f"Another version is being rolled out: shoal rollout get {going.rollout} -w\n"
+                f"Then roll this one out: shoal rollout create {going.name} -w"
+            )
         if own[0].version == version:
             # With one endpoint a device knows which is meant.
             which = "" if len(endpoints) == 1 else f"--model {own[0].name} "
@@ -132,6 +144,10 @@ def report(client: Client, version: schemas.Version) -> None:
     classes = client.classes()
     states = plain_states(classes, client.variants(version.model, version.number))
     output.show_many(states, COLUMNS)
-    output.say(
-        next_command(version.model, version.number, sum(c.devices for c in classes), client.endpoints())
-    )
+    endpoints = client.endpoints()
+    label = f"v{version.number}"
+    rolling = {
+        e.name for e in endpoints if e.rollout and client.rollout(e.rollout).to_label.startswith(label)
+    }
+    fleet = sum(c.devices for c in classes)
+    output.say(next_command(version.model, version.number, fleet, endpoints, rolling))
