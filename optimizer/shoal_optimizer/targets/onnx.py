@@ -296,9 +296,12 @@ def reader(graph: bytes, inputs: np.ndarray) -> Any:
             self._position = 0
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = inputs[self._position : self._position + _CALIBRATION_BATCH]
+            if self._position >= len(inputs):
+                return None
+            # The calibrators of histograms take batches of one size only, so the last one starts earlier.
+            start = max(0, min(self._position, len(inputs) - _CALIBRATION_BATCH))
             self._position += _CALIBRATION_BATCH
-            return {name: np.ascontiguousarray(batch)} if len(batch) else None
+            return {name: np.ascontiguousarray(inputs[start : start + _CALIBRATION_BATCH])}
 
     return Reader()
 
