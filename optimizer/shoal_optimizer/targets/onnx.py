@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import tempfile
@@ -206,7 +207,9 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
         "entropy": CalibrationMethod.Entropy,
     }[calibration.method]
     activations = QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8
-    with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, quiet():
+    # The calibrators of histograms print what they do, and a job's output is read line by line.
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, quiet(), silence:
         folder = Path(name)
         source, target = folder / "float.onnx", folder / "int8.onnx"
         source.write_bytes(marked_prepared(graph))

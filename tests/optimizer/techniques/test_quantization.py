@@ -10,11 +10,14 @@ from shoal_optimizer.task import Task
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
-def test_every_way_to_choose_ranges_works(quadrants: Task, local_class: ClassSpec, method: str) -> None:
+def test_every_way_to_choose_ranges_works(
+    quadrants: Task, local_class: ClassSpec, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     # 70 are no multiple of the calibrator's batch.
     applied = apply(Recipe((Step("quantization", {"method": method, "samples": 70}),)), quadrants)
     target = targets.find("onnxruntime")
     exported = target.export(applied.model, quadrants, "int8", applied.calibration, local_class)
+    assert capsys.readouterr().out == ""  # a job's output is read line by line
     original = evaluate_model(quadrants, quadrants.original).value
     assert evaluate_exported(quadrants, exported).value >= original - 0.05
 
