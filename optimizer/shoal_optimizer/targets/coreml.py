@@ -21,7 +21,7 @@ from shoal_optimizer.targets import coreml_spec
 from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target, check_parity
 from shoal_optimizer.targets.onnx import OnnxTarget, quiet
 from shoal_protos.bundle import RuntimeNeed, Signature
-from shoal_protos.errors import MissingExtra, Unsupported
+from shoal_protos.errors import InvalidInput, MissingExtra, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.mlpackage.zip"
 RUNTIME_MIN = "7.0"  # coremltools that knows iOS 17 and macOS 14, whose programs are written
 MAX_BATCH = 64
+_TRACED_ITEMS = 7
 WEIGHT_THRESHOLD = 512  # elements; smaller weights stay in fp16
 CHECKED = "the program's names, types, shapes and weights, answers of its network on ONNX Runtime; not run"
 
@@ -125,6 +126,7 @@ def _program(model: nn.Module, task: Task, precision: str) -> tuple[bytes, bytes
     with _silent(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="shoal-coreml-") as folder:
         tools = _coremltools()
         traced = torch.jit.trace(pipeline, example, check_trace=False)  # type: ignore[no-untyped-call]
+        _check_trace(traced, pipeline, items)
         inputs, outputs = _types(tools, task.signature)
         wide = precision == "fp32"
         made = tools.convert(
@@ -141,6 +143,20 @@ def _program(model: nn.Module, task: Task, precision: str) -> tuple[bytes, bytes
         package = Path(folder) / "model.mlpackage"
         made.save(str(package))
         return coreml_spec.read_package(package)
+
+
+def _check_trace(traced: Any, pipeline: nn.Module, items: np.ndarray) -> None:
+    """Raises InvalidInput when a trace answers other items, and more of them, unlike the model."""
+    import torch
+
+    others = torch.from_numpy(np.ascontiguousarray(items[-_TRACED_ITEMS:]))
+    wanted, got = pipeline(others), traced(others)
+    near = 1e-3 + 1e-2 * float(wanted.abs().max()) if wanted.numel() else 0.0
+    if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=0.0, atol=near):
+        raise InvalidInput(
+            "The traced model answers differently: its forward() branches on its input, or is random.",
+            "Write forward() without branches on values (torch.where), or leave the target coreml out.",
+        )
 
 
 def _types(tools: Any, signature: Signature) -> tuple[list[Any], list[Any]]:

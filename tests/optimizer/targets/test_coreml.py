@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,24 @@ def test_an_onnx_task_is_refused(quadrants: Task, tmp_path: Path, quadrants_path
     target = targets.find("coreml")
     with pytest.raises(Unsupported, match="made from PyTorch"):
         target.convert(None, load_task(quadrants_path), "fp32", None, targets.ClassSpec("mac"))
+
+
+def test_a_branch_on_values_is_refused(write_task: Callable[[str], Path]) -> None:
+    path = write_task(
+        "import numpy as np, torch\n"
+        "from torch import nn\n"
+        "from shoal_optimizer import Task, TensorSpec\n"
+        "class Branch(nn.Module):\n"
+        "    def forward(self, x): return x if float(x.sum()) > 0 else x * 3 + 1\n"
+        "class Branching(Task):\n"
+        "    input = TensorSpec('x', 'FP32', (-1, 3))\n"
+        "    output_kind = 'logits'\n"
+        "    def model(self): return Branch()\n"
+        "    def evaluation(self):\n"
+        "        items = np.ones((20, 3), np.float32)\n"
+        "        items[10:] = -1\n"
+        "        return items, np.zeros(20, np.int64)\n"
+    )
+    task = load_task(path)
+    with pytest.raises(InvalidInput, match="traced model answers differently"):
+        targets.find("coreml").export(task.original, task)

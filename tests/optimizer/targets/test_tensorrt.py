@@ -9,7 +9,9 @@ import onnx
 import pytest
 
 from shoal_optimizer import packing, targets
+from shoal_optimizer.jobspec import ProfileClass
 from shoal_optimizer.recipe import Recipe
+from shoal_optimizer.search import space
 from shoal_optimizer.targets import ClassSpec, Exported, tensorrt_rules
 from shoal_optimizer.targets.tensorrt import RECIPE_FILE, build_recipe
 from shoal_optimizer.task import Task
@@ -96,3 +98,13 @@ def test_a_model_without_products_has_no_int8(quadrants: Task, tmp_path: Path) -
 def test_only_classes_with_the_runtime_get_it() -> None:
     assert [target.name for target in targets.available(JETSON)] == ["tensorrt"]
     assert [t.name for t in targets.available(ClassSpec.of("mac", [], {"coreml": "9.0"}))] == ["coreml"]
+
+
+def test_the_cpu_of_a_class_does_not_change_the_file() -> None:
+    boards = [
+        ProfileClass(f"aarch64.{isa}.6c+tensorrt", (isa,), {"tensorrt": "10.3"}) for isa in ("neon", "i8mm")
+    ]
+    exports = {(e.target, e.precision, e.isa): len(e.classes) for e in space.exports_for(boards)}
+    assert exports == {("tensorrt", "fp32", ()): 2, ("tensorrt", "int8", ()): 2}
+    mac = ProfileClass("aarch64.neon.8c+coreml", ("neon",), {"coreml": "9.0"})
+    assert [e.precision for e in space.exports_for([mac])] == ["fp32", "fp16", "int8_weights"]
