@@ -27,6 +27,7 @@ KEPT = frozenset(
         *("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONUNBUFFERED", "LD_LIBRARY_PATH"),
         *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
         *("XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME"),
+        "SHOAL_LITERT_PYTHON",  # a path: targets/litert.py
         *("SHOAL_DATA", "SHOAL_QUICK"),  # a folder of public data, and less of it: the examples' settings
     ]
 )

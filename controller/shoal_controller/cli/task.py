@@ -184,6 +184,7 @@ def fleet_lines(ctx: typer.Context) -> list[str]:
     """Which classes of the fleet plain variants would serve, if a controller answers at once."""
     from shoal_controller.cli.connect import resolve
     from shoal_controller.client import Client
+    from shoal_optimizer.targets import litert
 
     try:
         target = resolve(ctx.find_root().obj or {})
@@ -191,10 +192,18 @@ def fleet_lines(ctx: typer.Context) -> list[str]:
             classes = client.classes()
     except ShoalError:
         return []
-    served = [c for c in classes if {"onnxruntime", "openvino"} & set(c.name.split("+")[1:])]
+    usable = {"onnxruntime", "openvino", *(["litert"] if litert.has_tools() else [])}
+    served = [c for c in classes if usable & set(c.name.split("+")[1:])]
     others = [c for c in classes if c not in served]
     lines = [f"It would serve {c.name} ({c.devices} device{'s' if c.devices != 1 else ''})." for c in served]
-    return lines + [f"Nothing is made for {c.name}: no runtime of Shoal is there." for c in others]
+    return lines + [f"Nothing is made for {c.name}: {_why(c.name)}" for c in others]
+
+
+def _why(profile_class: str) -> str:
+    """Why a class gets nothing."""
+    if "litert" in profile_class.split("+")[1:]:
+        return "LiteRT's tools are not installed here (docs/targets/litert.md)."
+    return "no runtime of Shoal is there."
 
 
 def _shown(path: Path) -> str:

@@ -134,7 +134,10 @@ def _run(step: str, folder: Path) -> Mapping[str, str]:
     Returns:
         Versions of the tools.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if python() != sys.executable:  # our packages are not the other one's
+        for variable in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+            environment.pop(variable, None)
     done = subprocess.run(
         [python(), str(Path(steps.__file__)), step, str(folder)],
         capture_output=True,

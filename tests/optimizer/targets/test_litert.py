@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from shoal_optimizer import targets
+from shoal_optimizer import jobs, targets
 from shoal_optimizer.targets import Calibration, ClassSpec, litert, litert_steps
 from shoal_optimizer.targets.litert import LiteRtTarget
 from shoal_optimizer.task import Task
@@ -86,6 +86,12 @@ class TestRefusals:
         monkeypatch.setattr(litert, "_files", type(litert._files)())
         with pytest.raises(InvalidInput, match="convert the model: RuntimeError: no lowering for aten::frob"):
             LiteRtTarget().export(quadrants.original, quadrants)
+
+
+def test_a_jobs_clean_environment_keeps_the_way_to_the_tools() -> None:
+    kept = jobs.clean_environment({litert.PYTHON_VARIABLE: "/opt/litert/bin/python", "SECRET": "x"})
+    assert kept[litert.PYTHON_VARIABLE] == "/opt/litert/bin/python"
+    assert "SECRET" not in kept
 
 
 def test_operations_belong_to_the_part_they_came_from() -> None:
