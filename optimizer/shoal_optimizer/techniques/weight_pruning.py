@@ -21,7 +21,7 @@ class WeightPruning(Technique):
     """Zeroes the weights of least magnitude over the whole network, gradually while fine-tuning.
 
     The gain is the compressed size of the file. Dense kernels multiply zeros as they do any number:
-    measured at 50 and at 90 percent zeros, ONNX Runtime and OpenVINO took 0.94 to 1.0 times as long.
+    with 50 and 90 percent of them ONNX Runtime and OpenVINO were measured 0.94 to 1.0 times as fast.
     Later steps keep the zeros, and int8 maps them to zero exactly.
     """
 
