@@ -116,7 +116,7 @@ class TestTarget:
             "    def evaluation(self): return np.zeros((9, 3), np.float32), np.zeros(9, np.int64)\n"
         )
         task = load_task(path)
-        with pytest.raises(InvalidInput, match="answers differently|cannot convert"):
+        with pytest.raises(InvalidInput, match=r"answers differently|cannot convert"):
             target.export(task.original, task)
 
 
