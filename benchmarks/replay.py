@@ -106,6 +106,8 @@ class Terminal:
         if self._shell.stdin:
             self._shell.stdin.close()
         self._shell.wait(timeout=30)
+        if self._shell.stdout:
+            self._shell.stdout.close()
 
 
 def free_ports(count: int) -> list[int]:
