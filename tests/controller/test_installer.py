@@ -33,7 +33,7 @@ from . import tiny
 OLD_PYTHONS = [
     path
     for version in ("3.6", "3.8")
-    for path in sorted(Path("/root/.pyenv/versions").glob(f"{version}.*/bin/python"))[:1]
+    for path in sorted((Path.home() / ".pyenv/versions").glob(f"{version}.*/bin/python"))[:1]
 ]
 
 # Loads an installer, changes one function of it, runs it: `kill STEP` ends it at the start of a step.

@@ -22,7 +22,7 @@ FREE = [word for name in ("http", "installer", "enrolment", "agents") for word i
 OTHERS = {
     version: found[0]
     for version in ("3.10", "3.13")
-    if (found := sorted(Path("/root/.pyenv/versions").glob(f"{version}.*/bin/python3")))
+    if (found := sorted((Path.home() / ".pyenv/versions").glob(f"{version}.*/bin/python3")))
 }
 MAX_INSTALL_MB = 190
 # With systemd, `--service auto` would install a unit on the machine that runs the tests.
