@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal_agent import config as configs
+from shoal_agent import joining
 from shoal_protos.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -55,12 +56,9 @@ def _signature(client: Client, options: argparse.Namespace) -> Signature:
 def _own_address(options: argparse.Namespace) -> str:
     """Where this machine's agent answers. Raises NotFound when none does."""
     config = configs.resolve({"state_dir": options.state_dir}, os.environ)
-    try:
-        ports = json.loads((config.paths.runtime / "status.json").read_bytes())["ports"]
-        if ports["http"]:
-            return f"{ports['host']}:{ports['http']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    ports = joining.written_status(config).get("ports") or {}
+    if ports.get("http"):
+        return f"{ports['host']}:{ports['http']}"
     raise NotFound(
         "No agent serves on this machine.",
         "Look at `shoal-agent status`, or name one with --address HOST:PORT.",

@@ -233,13 +233,9 @@ def _profile(options: argparse.Namespace) -> int:
 
 def _bound_ports() -> dict[str, Any]:
     """Ports of the agent that runs on the default state directory, if one does."""
-    from shoal_agent import config
+    from shoal_agent import config, joining
 
-    path = config.Paths(config.default_state_dir(os.environ)).runtime / "status.json"
-    try:
-        return dict(json.loads(path.read_bytes())["ports"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return joining.written_status(config.Config(config.default_state_dir(os.environ))).get("ports") or {}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,20 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STATES = ("ok", "warning", "failed", "unmeasured")
+from shoal_agent.checks import FAILED, OK, UNMEASURED, WARNING
+from shoal_agent.checks import Check as Check
+
+STATES = (OK, WARNING, FAILED, UNMEASURED)
 MAX_ROWS = 200
 MAX_TEXT = 2000
 NOTHING = ("", "[]", "{}")  # facts that say nothing
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. `state` is one of `STATES`."""
-
-    name: str
-    state: str
-    found: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def logs(
     if as_json:
         output.print_json(answer)
     else:
-        sys.stdout.write(answer.body if answer.body.endswith("\n") else f"{answer.body}\n")
+        _write(answer.body)
 
 
 def diagnose(
@@ -55,7 +55,7 @@ def diagnose(
     if as_json:
         output.print_json(answer)
     elif found is None:  # an older agent's own words
-        sys.stdout.write(answer.body if answer.body.endswith("\n") else f"{answer.body}\n")
+        _write(answer.body)
     else:
         device_page.show_diagnosis(found)
     if found is not None and any(check.state == "failed" for check in found.checks):
@@ -78,6 +78,10 @@ def profile(
         return
     moved = "" if before.profile_class == after.profile_class else f" (it was {before.profile_class})"
     sys.stdout.write(f"{after.name} is of class {after.profile_class}{moved}\n{after.class_reason}\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
 
 def _answer(
