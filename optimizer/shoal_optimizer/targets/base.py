@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shoal_agent.runtimes.base import Instance
     from shoal_optimizer.task import Task
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "int8_weights", "int4_weights")
 PARITY_ITEMS = 64
 _VNNI = ("avx512_vnni", "avx_vnni")
 
@@ -67,11 +67,20 @@ class ClassSpec:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Endpoint inputs [n, ...] to choose int8 ranges from, and how: "minmax", "percentile" or
-    "entropy"; "dynamic" takes ranges at each call instead and needs no inputs."""
+    """What int8 ranges come from.
+
+    Attributes:
+        inputs: endpoint inputs [n, ...].
+        method: "minmax", "percentile" or "entropy" over `inputs`; "dynamic" takes ranges at each call
+            instead and needs no inputs.
+        pinned: module path -> (low, high) of its output, where training learned the range.
+        keep_float: weighted layers, by the float graph's node names, that stay in float.
+    """
 
     inputs: np.ndarray
     method: str = "minmax"
+    pinned: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    keep_float: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ class Target(ABC):
 
     name: ClassVar[str]  # the runtime's name, as in profiles
     isa_matters: ClassVar[bool] = True  # int8 files depend on the class's CPU features
-    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
     dynamic: ClassVar[bool] = False  # its int8 may take activation ranges at each call
 
     @abstractmethod

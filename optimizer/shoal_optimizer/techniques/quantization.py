@@ -14,7 +14,7 @@ from shoal_protos.errors import Unsupported
 MOST_CONVOLUTION = 0.1  # of the multiply-adds, for dynamic int8
 
 
-class StaticQuantization(Technique):
+class Quantization(Technique):
     """Asks the target for int8, with ranges from calibration data or (dynamic) taken at each call.
 
     Each runtime's own quantizer places the scales where that runtime fuses them; scales placed by torch
