@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Network:
     seconds: float = 0.0
     params: Params | None = None
     notes: tuple[str, ...] = ()
+    threads: int = 1  # that trained it: other numbers add in another order, and bits differ
 
     @property
     def key(self) -> str:
@@ -74,6 +75,7 @@ class Candidate:
     field_accuracy: Figure | None = None
     int8_share: float | None = None
     items: int = 0  # evaluation items behind `accuracy`
+    per_class: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # label -> (recall, n)
 
     @property
     def ref(self) -> BundleRef:
@@ -89,6 +91,8 @@ class Candidate:
             values[name] = Figure.from_json(values.get(name))
         for name in ("recipe", "classes"):
             values[name] = tuple(values[name])
+        found = values.get("per_class") or {}
+        values["per_class"] = {label: (float(recall), int(n)) for label, (recall, n) in found.items()}
         return cls(**values)
 
 
@@ -156,7 +160,12 @@ class Workshop:
         saved = self.state.networks.get(key)
         if saved is not None and Path(saved["path"]).is_file():
             network = Network(
-                trained, load_module(Path(saved["path"])), saved["seconds"], params, tuple(saved["notes"])
+                trained,
+                load_module(Path(saved["path"])),
+                saved["seconds"],
+                params,
+                tuple(saved["notes"]),
+                saved.get("threads", 1),
             )
         else:
             network = self._train(trained, params)
@@ -176,7 +185,7 @@ class Workshop:
             seed=self.spec.seed,
             progress=progress,
         )
-        network = Network(trained, applied.model, applied.seconds, params, applied.notes)
+        network = Network(trained, applied.model, applied.seconds, params, applied.notes, _torch_threads())
         self.remember(network)
         return network
 
@@ -195,8 +204,22 @@ class Workshop:
             "notes": list(network.notes),
             "recipe": network.recipe.to_json(),
             "params": None if network.params is None else dict(network.params),
+            "threads": network.threads,
         }
         self.state.save()
+
+    def leave_out(self, name: str, outcome: str, reason: str, **more: Any) -> None:
+        """Notes what was not made and why, once, for the report.
+
+        Args:
+            outcome: "failed" (it was tried) or "skipped" (it was not).
+            more: what else is known, such as "recipe", "target", "predicted".
+        """
+        kept: list[dict[str, Any]] = self.state.facts.setdefault("left_out", [])
+        entry = {"name": name, "outcome": outcome, "reason": reason, **more}
+        if entry not in kept:
+            kept.append(entry)
+            self.state.save()
 
     # ------------------------------------------------------------------ candidates
 
@@ -217,6 +240,10 @@ class Workshop:
             made = self._make(key, name, network, whole, export, items)
         except ShoalError as error:
             self.voice.progress("convert", None, f"{name} is left out: {error.message}")
+            self.leave_out(
+                name, "failed", error.message, recipe=whole.to_json(), target=export.target,
+                precision=export.precision,
+            )  # fmt: skip
             return None
         self.state.candidates[key] = made.to_json()
         self.state.save()
@@ -232,7 +259,7 @@ class Workshop:
             self._calibration(network, whole) if export.precision == "int8" else None,
             space.class_spec(export.classes[0]),
         )
-        accuracy, field_accuracy = self._judge(exported, items)
+        judged, in_field = self._judge(exported, items)
         self.voice.progress("pack", None, name)
         packed = self._pack(exported, whole, name, export)
         return Candidate(
@@ -248,10 +275,11 @@ class Workshop:
             size_bytes=packed.size_bytes,
             wire_bytes=packed.wire_bytes,
             plain=network.plain and export.precision == "fp32",
-            accuracy=accuracy,
-            field_accuracy=field_accuracy,
+            accuracy=as_figure(judged) if judged else None,
+            field_accuracy=as_figure(in_field) if in_field else None,
             int8_share=exported.facts.get("int8_share"),
-            items=0 if accuracy is None else accuracy.n,
+            items=judged.n if judged else 0,
+            per_class=judged.per_class if judged else {},
         )
 
     def _calibration(self, network: Network, whole: Recipe) -> Calibration | None:
@@ -265,7 +293,9 @@ class Workshop:
         )
         return applied.calibration
 
-    def _judge(self, exported: Exported, items: int | None) -> tuple[Figure | None, Figure | None]:
+    def _judge(
+        self, exported: Exported, items: int | None
+    ) -> tuple[evaluation.Score | None, evaluation.Score | None]:
         data = self.task.required("evaluation")
         if items is not None:
             data = data.sample(items, self.spec.seed)
@@ -274,10 +304,10 @@ class Workshop:
         except Unsupported:  # another kind of processor: what this one can't run it can't judge
             return None, None
         try:
-            found = as_figure(evaluation.evaluate_instance(self.task, instance, data))
+            found = evaluation.evaluate_instance(self.task, instance, data)
             if self.ground.field is None:
                 return found, None
-            return found, as_figure(evaluation.evaluate_instance(self.task, instance, self.ground.field))
+            return found, evaluation.evaluate_instance(self.task, instance, self.ground.field)
         finally:
             instance.close()
 
@@ -326,8 +356,8 @@ class Workshop:
 
         bundle = open_bundle(Path(candidate.layout), candidate.bundle, verify=False)
         with runtimes.find(candidate.target).load(bundle) as instance:
-            accuracy = as_figure(evaluation.evaluate_instance(self.task, instance, data))
-        better = replace(candidate, accuracy=accuracy, items=len(data))
+            judged = evaluation.evaluate_instance(self.task, instance, data)
+        better = replace(candidate, accuracy=as_figure(judged), items=len(data), per_class=judged.per_class)
         self.state.candidates[candidate.key] = better.to_json()
         self.state.save()
         return better
@@ -336,6 +366,12 @@ class Workshop:
     def label(self) -> str:
         model = self.spec.model or self.task.label
         return f"{model} v{self.spec.version}" if self.spec.version else model
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def as_figure(score: evaluation.Score) -> Figure:

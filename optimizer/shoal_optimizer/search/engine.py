@@ -103,10 +103,12 @@ class Search:
             reason = self._refusal(recipe)
             if reason:
                 self.workshop.voice.progress("prune", 1.0, f"{recipe.name} is skipped: {reason}")
+                self.workshop.leave_out(recipe.name, "skipped", reason, recipe=recipe.to_json())
             else:
                 made = self.export(self.workshop.train(recipe, params))
         except ShoalError as error:
             self.workshop.voice.progress("prune", 1.0, f"{recipe.name} is left out: {error.message}")
+            self.workshop.leave_out(recipe.name, "failed", error.message, recipe=recipe.to_json())
         progressed = any(
             frontier.progressed(old, new, metrics=frontier.metrics_for(self.objective))
             for old, new in zip(before, self._fronts(self.candidates()), strict=True)
