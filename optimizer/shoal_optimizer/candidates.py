@@ -249,6 +249,15 @@ class Workshop:
         self.state.save()
         return made
 
+    def again(self, whole: Recipe, export: Export, name: str) -> Candidate:
+        """A candidate by its whole recipe, quantization included, as a replay needs it.
+
+        Raises:
+            ShoalError: it cannot be made here; nothing is left out silently.
+        """
+        network = self.train(whole)
+        return self._make(f"{network.key}-{export.key}", name, network, whole, export, 1)
+
     def _make(
         self, key: str, name: str, network: Network, whole: Recipe, export: Export, items: int | None
     ) -> Candidate:

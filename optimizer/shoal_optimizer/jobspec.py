@@ -16,10 +16,10 @@ from typing import Any, Literal, cast
 
 from shoal_protos.errors import InvalidInput
 
-KINDS = ("ingest", "optimize", "adapt")
-EVENTS = ("progress", "ingested", "variant", "trial", "waiting", "adapted", "done", "error")
+KINDS = ("ingest", "optimize", "adapt", "replay")
+EVENTS = ("progress", "ingested", "variant", "trial", "waiting", "adapted", "replayed", "done", "error")
 
-Kind = Literal["ingest", "optimize", "adapt"]
+Kind = Literal["ingest", "optimize", "adapt", "replay"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class JobSpec:
     field_data: FieldData = field(default_factory=FieldData)
     recipes: tuple[Mapping[str, Any], ...] = ()
     incumbents: Mapping[str, Incumbent] = field(default_factory=dict)
+    replay: Mapping[str, Any] = field(default_factory=dict)  # as `replay.order` makes it
 
 
 def _need(raw: Mapping[str, Any], name: str, kind: type, where: str = "job.json") -> Any:
@@ -188,6 +189,7 @@ def parse(data: bytes | str, base: Path) -> JobSpec:
         ),
         recipes=tuple(_option(raw, "recipes", list, [])),
         incumbents=_incumbents(_option(raw, "incumbents", dict, {}), base),
+        replay=_option(raw, "replay", dict, {}),
     )
 
 

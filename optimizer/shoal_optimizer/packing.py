@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_optimizer.lineage import lineage_of, tool_versions
 from shoal_optimizer.targets.base import Exported, load_twin, run_instance
 from shoal_protos.bundle import (
     BoxRule,
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from shoal_optimizer.task import Task
     from shoal_protos.v1.telemetry_pb2 import SketchSet
 
+__all__ = ["FieldReference", "Packed", "lineage_of", "pack", "tool_versions"]
+
 GOLDEN_CASES = 12
 GOLDEN_FILE = "golden.npz"
 INPUTS_FILE = "reference-inputs.sketch"
@@ -39,7 +40,6 @@ WINDOW_SIZES = (25, 50, 100, 200)
 WINDOWS = 200  # clean windows drawn for each size
 MARGIN = 1.15
 _TOLERANCES = {"fp32": (1e-2, 1e-3), "fp16": (2e-2, 1e-2)}  # relative, and of the largest output
-_TOOLS = ("shoal", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning", "numpy")
 
 
 @dataclass(frozen=True)
@@ -65,43 +65,6 @@ class FieldReference:
     inputs: SketchSet
     items: np.ndarray
     clean: np.ndarray
-
-
-def lineage_of(
-    task: Task,
-    recipe: Recipe,
-    exported: Exported,
-    *,
-    model_version: int = 0,
-    seed: int = 0,
-    parent: str = "",
-    weights_digest: str = "",
-) -> Lineage:
-    """What is needed to make the variant again."""
-    return Lineage(
-        model=task.label,
-        model_version=model_version,
-        recipe=tuple(recipe.to_json()),
-        target={"runtime": exported.runtime.name, "precision": exported.precision, **_plain(exported.facts)},
-        seed=seed,
-        data_digest=task.data_digest,
-        weights_digest=weights_digest,
-        tools=tool_versions(),
-        parent=parent,
-    )
-
-
-def tool_versions() -> dict[str, str]:
-    """Installed packages that shape a variant -> version."""
-    installed = {name: _version(name) for name in _TOOLS}
-    return {name: found for name, found in installed.items() if found}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def pack(
@@ -340,9 +303,3 @@ def _raised_by_smaller(found: dict[int, dict[str, float]], pool: int) -> dict[in
         }
         for size, worst in found.items()
     }
-
-
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as JSON, floats shortened so that the digest does not hang on a last bit."""
-    short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in facts.items()}
-    return dict(json.loads(json.dumps(short)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal_optimizer import adaptation as adaptations
-from shoal_optimizer import evaluation, objective, report, summary
+from shoal_optimizer import evaluation, objective, replay, report, summary
 from shoal_optimizer.adaptation import Adaptation, Evidence
 from shoal_optimizer.analysis import analyse
 from shoal_optimizer.candidates import Candidate, Ground, Workshop
@@ -39,7 +39,8 @@ def perform(spec: JobSpec, folder: Path, state: State, voice: Voice) -> None:
     Raises:
         ShoalError: the job can't be done; the caller says `error`.
     """
-    {"ingest": ingest, "optimize": optimize, "adapt": adapt}[spec.kind](spec, folder, state, voice)
+    kinds = {"ingest": ingest, "optimize": optimize, "adapt": adapt, "replay": replay.perform}
+    kinds[spec.kind](spec, folder, state, voice)
 
 
 def _threads(task: Task, spec: JobSpec, macs: int) -> None:
