@@ -30,3 +30,24 @@ class Pipeline(nn.Module):
             prepared = prepared.contiguous()
         result: Tensor = self.postprocess(self.model(prepared))
         return result
+
+
+class Skipped(nn.Module):
+    """Where a block was that a smaller network does without: its first input goes on as it is."""
+
+    def forward(self, inputs: Tensor, *others: object, **more: object) -> Tensor:
+        return inputs
+
+
+class Resize(nn.Module):
+    """Brings pictures [n, channels, height, width] to a fixed `size` (height, width), bilinear."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.interpolate(inputs, size=self.size, mode="bilinear", align_corners=False)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}"  # part of what tells two networks apart

@@ -134,6 +134,18 @@ class Task:
         """Random training-time changes of a float32 batch of endpoint inputs (before preprocess)."""
         return inputs
 
+    def architecture(self, width: float, depth: float, kernel: int, resolution: float) -> nn.Module:
+        """An untrained network of the model's family for the technique `architecture`, which gives it the
+        original's weights where names and shapes allow. Not needed: without it Shoal finds what can be
+        varied in the model itself.
+
+        Args:
+            width: share of the channels, 1.0 = all. depth: share of the blocks that can go.
+            kernel: largest kernel size, 0 = as it is. resolution: share of the input's sides; the network
+                gets the whole input and makes it smaller itself.
+        """
+        raise NotImplementedError
+
     def metric(self, outputs: np.ndarray, targets: np.ndarray) -> float:
         """Higher is better. Default: share of right answers for logits, R squared for values, mean
         average precision at IoU 0.5 of what `detection.suppress` leaves for boxes."""

@@ -1,0 +1,1 @@
+"""What the technique `architecture` is made of: blocks, kernels, resolution, inheritance, the space."""
