@@ -1,0 +1,1 @@
+"""What `benchmarks/compression.py` is made of: networks, data, training, rows, timing and the table."""
