@@ -44,8 +44,9 @@ class Recipe:
 
     @property
     def precision(self) -> str:
-        """ "int8" when a step quantizes, else "fp32"."""
-        return "int8" if any(find(step.technique).quantizes for step in self.steps) else "fp32"
+        """What the last quantizing step asks for; "fp32" when there is none."""
+        asked = [s.params.get("precision", "int8") for s in self.steps if find(s.technique).quantizes]
+        return str(asked[-1]) if asked else "fp32"
 
     @property
     def training(self) -> Recipe:
@@ -103,6 +104,7 @@ def apply(
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     class_spec: ClassSpec | None = None,
+    seconds: float | None = None,
 ) -> Applied:
     """Applies the steps in order to a copy of the teacher.
 
@@ -113,6 +115,8 @@ def apply(
         cancelled: asked between batches; True stops with `Cancelled`.
         class_spec: the profile class that it is made for; steps that only some hardware profits from
             (N:M masks) are refused without it.
+        seconds: trainings are shortened so that all steps end in about this time; the notes say so.
+            Without it nothing depends on the clock.
 
     Raises:
         InvalidInput: a parameter is wrong, or training diverged twice.
@@ -131,6 +135,7 @@ def apply(
         progress=progress,
         cancelled=cancelled,
         class_spec=class_spec,
+        seconds=seconds,
     )
     for step in complete.steps:
         work = find(step.technique).run(work, step.params)

@@ -155,7 +155,8 @@ def network(params: Params) -> Recipe:
 
 
 def complete(trained: Recipe, precision: str) -> Recipe:
-    """The whole recipe of an export: the network's steps, and quantization for int8."""
-    if precision != "int8" or trained.precision == "int8":
+    """The whole recipe of an export: the network's steps, and quantization for what is not fp32."""
+    if precision == "fp32" or trained.precision != "fp32":
         return trained
-    return replace(trained, steps=(*trained.steps, Step("quantization")))
+    params = {} if precision == "int8" else {"precision": precision}
+    return replace(trained, steps=(*trained.steps, Step("quantization", params)))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shoal_agent.runtimes.base import Instance
+    from shoal_optimizer.data import TaskData
     from shoal_optimizer.task import Task
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8_weights", "int4_weights")
@@ -75,12 +76,18 @@ class Calibration:
             instead and needs no inputs.
         pinned: module path -> (low, high) of its output, where training learned the range.
         keep_float: weighted layers, by the float graph's node names, that stay in float.
+        max_drop: of the task's metric on `judged`, against float; above it layers go back to float.
+            1.0 = never.
+        judged: labelled data for that, `judged_on` the split that they come from.
     """
 
     inputs: np.ndarray
     method: str = "minmax"
     pinned: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     keep_float: tuple[str, ...] = ()
+    max_drop: float = 1.0
+    judged: TaskData | None = None
+    judged_on: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
-import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,10 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from shoal_optimizer.targets import dynamic
+from shoal_optimizer.targets import dynamic, qdq
 from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target
 from shoal_protos.bundle import RuntimeNeed
-from shoal_protos.errors import MissingExtra
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,38 +193,7 @@ def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: 
     if calibration.method == "dynamic":
         with quiet():
             return dynamic.quantized(marked_prepared(graph), scheme, excluded_nodes(graph))
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    except ImportError as error:
-        raise MissingExtra("optimizer", "onnxruntime") from error
-
-    method = {
-        "minmax": CalibrationMethod.MinMax,
-        "percentile": CalibrationMethod.Percentile,
-        "entropy": CalibrationMethod.Entropy,
-    }[calibration.method]
-    activations = QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8
-    # The calibrators of histograms print what they do, and a job's output is read line by line.
-    silence = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, quiet(), silence:
-        folder = Path(name)
-        source, target = folder / "float.onnx", folder / "int8.onnx"
-        source.write_bytes(marked_prepared(graph))
-        quantize_static(
-            str(source),
-            str(target),
-            reader(graph, calibration.inputs),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=scheme.reduce_range,
-            activation_type=activations,
-            weight_type=QuantType.QInt8,
-            calibrate_method=method,
-            nodes_to_exclude=excluded_nodes(graph),
-            calibration_cache_path=_ranges_path(task, graph, calibration),
-            extra_options={"ActivationSymmetric": scheme.signed_activations},
-        )
-        return target.read_bytes()
+    return qdq.quantized(graph, task, calibration, scheme)
 
 
 def marked_prepared(graph: bytes) -> bytes:
@@ -242,22 +208,10 @@ def marked_prepared(graph: bytes) -> bytes:
     return content
 
 
-def _ranges_path(task: Task, graph: bytes, calibration: Calibration) -> str | None:
-    """Where ranges of equal graph and data are kept: every class's int8 file comes from one calibration."""
-    if task.cache_dir is None:
-        return None
-    state = hashlib.sha256(graph)
-    state.update(np.ascontiguousarray(calibration.inputs).tobytes())
-    state.update(calibration.method.encode())
-    task.cache_dir.mkdir(parents=True, exist_ok=True)
-    return str(task.cache_dir / f"ranges-{state.hexdigest()[:32]}.json")
-
-
 def excluded_nodes(graph: bytes) -> list[str]:
     """Names of the nodes that come from preprocess or postprocess: they stay in float.
 
-    A single layer of the model cannot be kept in float like this: between quantized neighbours ONNX
-    Runtime quantizes its weights by itself when it loads the file (measured with 1.32).
+    Single layers of the model cannot be kept in float like this, see `qdq.shield`.
     """
     import onnx
 
@@ -266,13 +220,13 @@ def excluded_nodes(graph: bytes) -> list[str]:
     found = []
     for node in proto.node:
         # A convolution folded with its batch norm bears the norm's scope; its weight tells the rest.
-        scopes = [*_scopes(node), *(name.rpartition(".")[0] for name in node.input if name in weights)]
+        scopes = [*scopes_of(node), *(name.rpartition(".")[0] for name in node.input if name in weights)]
         if any(scope.partition(".")[0] in FLOAT_PARTS for scope in scopes):
             found.append(node.name)
     return found
 
 
-def _scopes(node: Any) -> list[str]:
+def scopes_of(node: Any) -> list[str]:
     """Torch module paths that a node was exported from, outermost first."""
     import ast
 
