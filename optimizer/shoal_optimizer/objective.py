@@ -2,11 +2,11 @@
 
     accuracy>=0.97, latency_p95<=5ms, memory<=64MB; minimise size
 
-Metrics: `accuracy` (the task's metric, 1 = perfect, `%` allowed), `latency_p50`, `latency_p95`
-(us, ms, s; plain numbers are ms), `memory`, `size` and `wire`, the size as it is sent, compressed
-(B, kB, MB, GB, KiB, MiB, GiB; plain numbers are bytes). Constraints are joined by commas; after the
-semicolon comes the goal, or several in order of importance: `minimise latency_p95, size; maximise
-accuracy`. Naming `wire` makes the search prune single weights too.
+Metrics: `accuracy` (the task's metric, 1 = perfect, `%` allowed), `recall[LABEL]` of one class of the
+data, `latency_p50`, `latency_p95` (us, ms, s; plain numbers are ms), `memory`, `size` and `wire`, the
+size as it is sent, compressed (B, kB, MB, GB, KiB, MiB, GiB; plain numbers are bytes). Constraints are
+joined by commas; after the semicolon comes the goal, or several in order of importance: `minimise
+latency_p95, size; maximise accuracy`. Naming `wire` makes the search prune single weights too.
 """
 
 from __future__ import annotations
@@ -39,27 +39,36 @@ _UNITS = {
     "wire": _BYTES,
 }
 
-_CONSTRAINT = re.compile(r"([a-z][a-z0-9_]*)\s*(>=|<=|==|=|>|<)\s*([^\s<>=]+(?:\s*[^\s<>=]+)?)")
+_CONSTRAINT = re.compile(
+    r"([a-z][a-z0-9_]*(?:\[[^\]]*\])?)\s*(>=|<=|==|=|>|<)\s*([^\s<>=]+(?:\s*[^\s<>=]+)?)"
+)
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-zA-Zµ%]*)")
+_RECALL = re.compile(r"recall\[\s*([^\[\]]*?)\s*\]")
+_SPLIT = re.compile(r",(?![^\[]*\])")  # commas inside of a label's brackets do not count
+_PARTS = re.compile(r"[;\n](?![^\[]*\])")
 _GOAL = re.compile(r"(minimi[sz]e|maximi[sz]e)\s+(.+)", re.DOTALL)
 _EXAMPLE = "Write it like: accuracy>=0.97, latency_p95<=5ms; minimise size"
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound on one metric, in ms, bytes or the metric's own unit: a floor for accuracy, else a ceiling."""
+    """A bound on one metric, in ms, bytes or the metric's own unit: a floor for accuracy and recall, else a
+    ceiling."""
 
     metric: str
     bound: float
 
     @property
     def operator(self) -> str:
-        return ">=" if self.metric == ACCURACY else "<="
+        return ">=" if is_share(self.metric) else "<="
 
     def excess(self, value: float) -> float:
         """How far `value` misses the bound, as a share of it; 0 when it is met."""
-        missed = self.bound - value if self.metric == ACCURACY else value - self.bound
-        return max(0.0, missed) / max(abs(self.bound), 1e-12)
+        return self.miss(value) / max(abs(self.bound), 1e-12)
+
+    def miss(self, value: float) -> float:
+        """How far `value` misses the bound, in the metric's unit; 0 when it is met."""
+        return max(0.0, self.bound - value if is_share(self.metric) else value - self.bound)
 
     def __str__(self) -> str:
         return f"{self.metric} {self.operator} {show(self.metric, self.bound)}"
@@ -101,7 +110,16 @@ class Objective:
 
     def names(self, metric: str) -> bool:
         """True when a constraint or a goal is about the metric."""
-        return metric in self.goals or any(c.metric == metric for c in self.constraints)
+        return metric in self.goals or self.bounds(metric)
+
+    def bounds(self, metric: str) -> bool:
+        """True when a constraint is about the metric."""
+        return any(c.metric == metric for c in self.constraints)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes of the data whose recall is bounded."""
+        return tuple(label for c in self.constraints if (label := label_of(c.metric)) is not None)
 
     def __str__(self) -> str:
         bounds = ", ".join(f"{c.metric}{c.operator}{_exact(c.metric, c.bound)}" for c in self.constraints)
@@ -156,18 +174,25 @@ class Objective:
             met = " and meets " + ", ".join(map(str, self.constraints)) if self.constraints else ""
             extreme = "highest" if goal == ACCURACY else "lowest"
             return f"{best.key} has the {extreme} {goal} of {count} ({figure}){met}."
+        if all(math.isnan(excess) for excess in missed.values()):
+            lead = "No variant is known to meet the objective yet"
+        else:
+            lead = f"None of {count} meets the objective"
+        return f"{lead}; closest: {best.key}, {self._misses(best, missed)}."
+
+    def _misses(self, point: Point, missed: Mapping[str, float]) -> str:
+        """What a point misses and by how much, each in its own unit."""
         reasons = []
         for constraint in self.constraints:
-            if constraint.metric in missed:
-                value = best.get(constraint.metric)
-                state = "is unmeasured" if value is None else f"is {show(constraint.metric, value)}"
-                reasons.append(f"its {constraint.metric} {state}, wanted {constraint}")
-        lead = (
-            "No variant is known to meet the objective yet"
-            if all(math.isnan(excess) for excess in missed.values())
-            else f"None of {count} meets the objective"
-        )
-        return f"{lead}; {best.key} comes nearest: {'; '.join(reasons)}."
+            if constraint.metric not in missed:
+                continue
+            value = point.get(constraint.metric)
+            if value is None:
+                reasons.append(f"its {constraint.metric} is unmeasured, wanted {constraint}")
+            else:
+                by = show(constraint.metric, constraint.miss(value))
+                reasons.append(f"misses {constraint} by {by} (it is {show(constraint.metric, value)})")
+        return "; ".join(reasons)
 
 
 def _keys(points: list[Point]) -> tuple[str, ...]:
@@ -178,14 +203,30 @@ def _cost(point: Point, metric: str) -> float:
     value = point.get(metric)
     if value is None:
         return math.inf
-    return -value if metric == ACCURACY else value
+    return -value if is_share(metric) else value
+
+
+def recall_metric(label: str) -> str:
+    """The metric's name for the recall of one class of the data."""
+    return f"recall[{label}]"
+
+
+def label_of(metric: str) -> str | None:
+    """The class of the data that a metric is about; None = all of them."""
+    match = _RECALL.fullmatch(metric)
+    return match.group(1) if match else None
+
+
+def is_share(metric: str) -> bool:
+    """True for metrics of which more is better and 1 is perfect."""
+    return metric == ACCURACY or metric.startswith("recall[")
 
 
 def show(metric: str, value: float | None) -> str:
     """A figure with its unit, for people: '0.97', '4.2 ms', '64 MB', 'unmeasured'."""
     if value is None:
         return "unmeasured"
-    if metric == ACCURACY:
+    if is_share(metric):
         return f"{value:.4g}"
     if metric.startswith("latency"):
         return f"{value * 1e3:.3g} µs" if value < 1 else f"{value:.4g} ms"
@@ -196,7 +237,7 @@ def show(metric: str, value: float | None) -> str:
 
 
 def _exact(metric: str, value: float) -> str:
-    unit = "" if metric == ACCURACY else "ms" if metric.startswith("latency") else "B"
+    unit = "" if is_share(metric) else "ms" if metric.startswith("latency") else "B"
     return f"{value!r}{unit}"
 
 
@@ -207,63 +248,105 @@ def parse(text: str) -> Objective:
     """Reads an objective; "" gives the default.
 
     Raises:
-        InvalidInput: unknown metric or unit, wrong direction, a bound that nothing can meet, a metric
-            bounded twice, or contradicting goals.
+        InvalidInput: unknown metric or unit, wrong direction, a bound that nothing can meet, or two parts
+            that contradict or repeat each other; the message names both.
     """
     if not text.strip():
         text = DEFAULT
     if len(text) > 1000:
         raise InvalidInput("The objective is longer than 1000 characters.", _EXAMPLE)
-    constraints: list[Constraint] = []
-    goals: list[str] = []
-    for part in re.split(r"[;\n]", text.strip()):
-        goal = _GOAL.fullmatch(part.strip())
-        if goal:
-            goals.extend(_parse_goals(goal.group(1), goal.group(2)))
-        else:
-            constraints.extend(_parse_constraint(item) for item in part.split(",") if item.strip())
-    _refuse_twice([c.metric for c in constraints], "bounds")
-    _refuse_twice(goals, "names as a goal")
+    parts = [part.strip() for part in _PARTS.split(text.strip())]
+    wishes = [(part, goal) for part in parts if (goal := _GOAL.fullmatch(part))]
+    bounds = [
+        item.strip()
+        for part in parts
+        if not _GOAL.fullmatch(part)
+        for item in _SPLIT.split(part)
+        if item.strip()
+    ]
+    _refuse_contradictions(bounds, [(goal.group(1), goal.group(2)) for _, goal in wishes])
+    constraints = [_parse_constraint(item) for item in bounds]
+    goals = [metric for _, goal in wishes for metric in _parse_goals(goal.group(1), goal.group(2))]
     return Objective(tuple(constraints), tuple(goals) or ("latency_p95",))
+
+
+def _refuse_contradictions(bounds: list[str], wishes: list[tuple[str, str]]) -> None:
+    """Raises InvalidInput for two bounds of one metric, or two goals, naming both parts."""
+    seen: dict[str, str] = {}
+    for item in bounds:
+        match = _CONSTRAINT.fullmatch(_ascii(item))
+        if match is None:
+            continue  # refused with its own message
+        name, other = match.group(1), seen.setdefault(match.group(1), item)
+        if other is not item:
+            problem = f"The objective bounds {name} twice: '{other}' and '{item}'"
+            known = _CONSTRAINT.fullmatch(_ascii(other))
+            assert known is not None
+            if {known.group(2)[0], match.group(2)[0]} == {"<", ">"}:
+                raise InvalidInput(f"{problem} contradict each other.", "Keep the one that you mean.")
+            raise InvalidInput(f"{problem}.", "Keep one.")
+    wanted: dict[str, str] = {}
+    for verb, names in wishes:
+        for name in (part.strip() for part in names.split(",")):
+            other = wanted.setdefault(name, verb)
+            if other[:3] != verb[:3]:
+                raise InvalidInput(
+                    f"'{other} {name}' and '{verb} {name}' contradict each other.", "Keep one."
+                )
+    goals = [part.strip() for _, names in wishes for part in names.split(",")]
+    for name in goals:
+        if goals.count(name) > 1:
+            raise InvalidInput(f"The objective names {name} as a goal twice.", "Keep one.")
 
 
 def _parse_goals(verb: str, names: str) -> list[str]:
     goals = [_metric(name.strip()) for name in names.split(",")]
     for metric in goals:
+        if label_of(metric) is not None:
+            raise InvalidInput(f"{metric} is no goal.", f"Bound it: {metric}>=0.98.")
         if not verb.startswith(_verb(metric)[:6]):
             raise InvalidInput(f"'{verb} {metric}' makes models worse.", f"Write {_verb(metric)} {metric}.")
     return goals
 
 
 def _parse_constraint(text: str) -> Constraint:
-    match = _CONSTRAINT.fullmatch(text.strip().replace("≥", ">=").replace("≤", "<="))
+    match = _CONSTRAINT.fullmatch(_ascii(text))
     if match is None:
         raise InvalidInput(f"'{text.strip()[:80]}' is neither a constraint nor a goal.", _EXAMPLE)
     metric, operator, quantity = _metric(match.group(1)), match.group(2), match.group(3)
-    wanted = ">=" if metric == ACCURACY else "<="
+    wanted = ">=" if is_share(metric) else "<="
     if operator != wanted:
         raise InvalidInput(f"'{text.strip()}' cannot be used.", f"Write {metric}{wanted}{quantity}.")
     bound = _quantity(metric, quantity)
-    if metric == ACCURACY and bound > 1:
+    if is_share(metric) and bound > 1:
         raise InvalidInput(f"No model reaches {metric} {bound:g}.", "1 is perfect; write 0.97 or 97%.")
-    if metric != ACCURACY and bound <= 0:
+    if not is_share(metric) and bound <= 0:
         raise InvalidInput(f"No model reaches {metric} <= {quantity.strip()}.", "Give a bound above 0.")
     return Constraint(metric, bound)
 
 
+def _ascii(text: str) -> str:
+    return text.strip().replace("≥", ">=").replace("≤", "<=")
+
+
 def _verb(metric: str) -> str:
-    return "maximise" if metric == ACCURACY else "minimise"
+    return "maximise" if is_share(metric) else "minimise"
 
 
 def _metric(name: str) -> str:
+    label = label_of(name)
+    if label:
+        return recall_metric(label)
     if name not in METRICS:
-        raise InvalidInput(f"'{name[:40]}' is not a metric.", f"Use one of {', '.join(METRICS)}.")
+        raise InvalidInput(
+            f"'{name[:40]}' is not a metric.", f"Use one of {', '.join(METRICS)} or recall[LABEL]."
+        )
     return name
 
 
 def _quantity(metric: str, text: str) -> float:
     match = _QUANTITY.fullmatch(text.strip())
-    units = _UNITS[metric]
+    units = _SHARE if is_share(metric) else _UNITS[metric]
     unit = match.group(2).lower() if match else ""
     if match is None or unit not in units:
         known = "%" if units is _SHARE else "us, ms, s" if units is _TIME else "B, kB, MB, GB, KiB, MiB, GiB"
@@ -274,9 +357,3 @@ def _quantity(metric: str, text: str) -> float:
     if not math.isfinite(value):
         raise InvalidInput(f"'{text.strip()[:40]}' is too large.", "Give a finite bound.")
     return value
-
-
-def _refuse_twice(metrics: list[str], verb: str) -> None:
-    for metric in metrics:
-        if metrics.count(metric) > 1:
-            raise InvalidInput(f"The objective {verb} {metric} twice.", "Keep one.")

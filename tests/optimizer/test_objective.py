@@ -55,6 +55,13 @@ def test_goals(text: str, goals: tuple[str, ...]) -> None:
         ("latency_p95<=fast", "number"),
         ("size<=1e400MB", "finite"),
         ("x" * 2000, "1000"),
+        ("recall[stop]<=0.9", "recall[stop]>=0.9"),
+        ("recall[stop]>=1.2", "perfect"),
+        ("recall[]>=0.9", "metric"),
+        ("maximise recall[stop]", "Bound it"),
+        ("recall[a]>=0.9, recall[a]>=0.8", "'recall[a]>=0.9' and 'recall[a]>=0.8'"),
+        ("accuracy>=0.97, accuracy<=0.9", "'accuracy>=0.97' and 'accuracy<=0.9' contradict"),
+        ("minimise size; maximise size", "'minimise size' and 'maximise size' contradict"),
     ],
 )
 def test_what_cannot_be_met_or_read_is_refused_with_a_remedy(text: str, word: str) -> None:
@@ -132,7 +139,9 @@ def test_nearest_infeasible_says_what_is_missed() -> None:
     )
     assert (choice.key, choice.feasible) == ("near", False)
     assert choice.missed == {"latency_p95": pytest.approx(0.5)}
-    assert "is 3 ms, wanted latency_p95 <= 2 ms" in choice.sentence
+    assert choice.sentence == (
+        "None of 2 meets the objective; closest: near, misses latency_p95 <= 2 ms by 1 ms (it is 3 ms)."
+    )
 
 
 def test_unmeasured_is_neither_met_nor_missed() -> None:
@@ -145,6 +154,16 @@ def test_unmeasured_is_neither_met_nor_missed() -> None:
     met = Point("met", {"latency_p95": 2.0, "size": 99})
     assert objective.choose([slow, unknown, met]).key == "met"
     assert objective.distance(Point("nan", {"latency_p95": math.nan})) == 0.0
+
+
+def test_recall_of_one_class_of_the_data() -> None:
+    objective = parse("recall[Stop, all-way] >= 98%, size<=9B; minimise size")
+    assert objective.labels == ("Stop, all-way",)
+    assert objective == parse(str(objective))
+    met = Point("met", {"recall[Stop, all-way]": 0.99, "size": 8})
+    small = Point("small", {"recall[Stop, all-way]": 0.9, "size": 2})
+    assert objective.choose([small, met]).key == "met"
+    assert "misses recall[Stop, all-way] >= 0.98 by 0.08" in objective.choose([small]).sentence
 
 
 def test_nothing_to_choose_from() -> None:
