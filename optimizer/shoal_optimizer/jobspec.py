@@ -25,13 +25,48 @@ Kind = Literal["ingest", "optimize", "adapt", "replay"]
 @dataclass(frozen=True)
 class ProfileClass:
     """A profile class as the search sees it. `local` = this machine is of it, so that latency
-    measured here may be claimed for it; `emulated` = only emulated devices are, so nobody can time it."""
+    measured here may be claimed for it; `emulated` = only emulated devices are, so nobody can time it.
+    `cores`: usable by a model; 0 = unknown. `providers`: runtime -> what it can compute on, its CPU first."""
 
     name: str
     isa: tuple[str, ...] = ()
     runtimes: Mapping[str, str] = field(default_factory=dict)  # runtime -> version
     local: bool = False
     emulated: bool = False
+    cores: int = 0
+    providers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def most_threads(self) -> int:
+        """Threads that one model may have: the class's cores, as told or as its name says."""
+        return self.cores or _cores_of(self.name)
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a runtime loads a bundle. `extra` as the agent's runtimes take it."""
+
+    threads: int = 1
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def default(self) -> bool:
+        return self.threads == 1 and not self.extra
+
+    @property
+    def key(self) -> str:
+        """Short text that tells options apart; "" for the default ones."""
+        more = [f"{name}={value}" for name, value in sorted(self.extra.items())]
+        return "" if self.default else ",".join([f"threads={self.threads}", *more])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"threads": self.threads, "extra": dict(self.extra)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any] | None) -> RuntimeOptions:
+        raw = raw or {}
+        extra = raw.get("extra") or {}
+        return cls(int(raw.get("threads") or 1), {str(k): str(v) for k, v in extra.items()})
 
 
 @dataclass(frozen=True)
@@ -39,6 +74,8 @@ class Budget:
     minutes: float = 3.0
     trials: int = 6  # device trials asked for per class, at most
     networks: int | None = None  # trained networks, at most; None = as time and progress allow
+    measurements: int | None = None  # bundles timed on this machine, at most
+    bytes: int | None = None  # bundles and data that go to devices (or, without a fleet, are measured)
 
 
 @dataclass(frozen=True)
@@ -77,6 +114,8 @@ class JobSpec:
     field_data: FieldData = field(default_factory=FieldData)
     recipes: tuple[Mapping[str, Any], ...] = ()
     incumbents: Mapping[str, Incumbent] = field(default_factory=dict)
+    knowledge: Path | None = None  # what earlier searches learned: `search.knowledge`
+    executor: str = "processes"  # as `executors.make` takes it
     replay: Mapping[str, Any] = field(default_factory=dict)  # as `replay.order` makes it
 
 
@@ -114,19 +153,34 @@ def _class(raw: Any, i: int) -> ProfileClass:
         runtimes={str(name): str(version) for name, version in runtimes.items()},
         local=_option(raw, "local", bool, False, where),
         emulated=_option(raw, "emulated", bool, False, where),
+        cores=int(_number(raw, "cores", 0, where)),
+        providers={
+            str(name): tuple(str(p) for p in values)
+            for name, values in _option(raw, "providers", dict, {}, where).items()
+            if isinstance(values, list)
+        },
     )
+
+
+def _cores_of(name: str) -> int:
+    """ "x86_64.avx2.4c+onnxruntime" -> 4; 1 where the name does not say it."""
+    for part in name.partition("+")[0].split("."):
+        if part.endswith("c") and part[:-1].isdigit():
+            return max(1, int(part[:-1]))
+    return 1
 
 
 def _budget(raw: Mapping[str, Any]) -> Budget:
     where = "job.json: budget"
     minutes = _number(raw, "minutes", Budget.minutes, where)
     trials = int(_number(raw, "trials", Budget.trials, where))
-    networks = raw.get("networks")
     if minutes <= 0 or trials < 0:
         raise InvalidInput(f"{where}: minutes must be above 0 and trials at least 0.")
-    return Budget(
-        minutes, trials, None if networks is None else max(int(_number(raw, "networks", 1, where)), 1)
-    )
+
+    def count(name: str, least: int) -> int | None:
+        return None if raw.get(name) is None else max(int(_number(raw, name, least, where)), least)
+
+    return Budget(minutes, trials, count("networks", 1), count("measurements", 1), count("bytes", 0))
 
 
 def _trial_results(raw: Mapping[str, Any]) -> dict[str, bytes | None]:
@@ -189,6 +243,8 @@ def parse(data: bytes | str, base: Path) -> JobSpec:
         ),
         recipes=tuple(_option(raw, "recipes", list, [])),
         incumbents=_incumbents(_option(raw, "incumbents", dict, {}), base),
+        knowledge=_path(raw, "knowledge", base),
+        executor=_option(raw, "executor", str, "processes") or "processes",
         replay=_option(raw, "replay", dict, {}),
     )
 
