@@ -17,8 +17,7 @@ from shoal_protos.errors import MissingExtra
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.distributions import BaseDistribution
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, Trial
 
 STARTUP = 6  # told results before TPE models anything
 EVOLVE_ABOVE = 40  # networks that the budget allows: with many, NSGA-II covers the front more evenly
@@ -48,45 +47,97 @@ def propose(
         told: results so far, in order. Equal arguments give an equal answer.
         networks: how many the budget allows; None = unknown.
     """
+    found = proposals(space, objective, told, seed=seed, networks=networks, count=1)
+    return found[0] if found else None
+
+
+def proposals(
+    space: Space,
+    objective: Objective,
+    told: Sequence[Told],
+    *,
+    seed: int = 0,
+    networks: int | None = None,
+    count: int = 1,
+) -> list[Params]:
+    """Up to `count` different networks to choose the next one from, the sampler's first choice first.
+
+    A known-good network that was not told yet has no rivals.
+    """
     done = {_identity(result.params) for result in told}
-    for params in space.known_good():
+    first = space.known_good()
+    if networks is None or networks > len(first):
+        first = [*first, *space.also_good()]
+    for params in first:
         if _identity(params) not in done:
-            return params
+            return [params]
     if not space.ratios or len(done) >= space.size():
-        return None
+        return []
     from optuna.trial import TrialState
 
-    distributions = _distributions(space)
     study = _study(objective, seed * 100_003 + len(told), networks)
     for result in told:
-        _tell(study, distributions, space, result)
+        _tell(study, space, result)
+    found: list[Params] = []
     for _ in range(_ASKS):
-        trial = study.ask(distributions)
-        params = dict(trial.params)
-        if _identity(params) not in done:
-            return params
+        trial = study.ask()
+        params = _suggest(trial, space)
+        if _identity(params) not in done and space.holds(params):
+            found.append(params)
+            done.add(_identity(params))
+            if len(found) == count:
+                return found
         study.tell(trial, state=TrialState.FAIL)
-    return _first_untried(space, done)
+    untried = (params for params in space.every() if _identity(params) not in done)
+    return found or [params for params in [next(untried, None)] if params is not None]
 
 
-def _tell(study: Study, distributions: dict[str, BaseDistribution], space: Space, result: Told) -> None:
+def _suggest(trial: Trial, space: Space) -> Params:
+    """One network; a parameter is asked for only where its family has it, under a name of its own."""
+    families = space.families
+    family = str(trial.suggest_categorical("family", list(families)))
+    params: dict[str, Any] = {"family": family}
+    for name, values in families[family].items():
+        params[name] = _one(trial, f"{family}.{name}", values)
+    for name, values in space.shared.items():
+        params[name] = _one(trial, name, values)
+    return params
+
+
+def _one(trial: Trial, name: str, values: Sequence[Any]) -> Any:
+    """One of the values; where they are numbers in order, neighbours are known to be alike."""
+    if _in_order(values):
+        return values[trial.suggest_int(name, 0, len(values) - 1)]
+    return trial.suggest_categorical(name, list(values))
+
+
+def _fixed(params: Params, space: Space) -> dict[str, Any]:
+    """What `_suggest` would have been told to give these parameters."""
+    family = str(params.get("family", "pruned"))
+    found: dict[str, Any] = {"family": family}
+    own = space.families[family]
+    for name, values in {**own, **space.shared}.items():
+        key = f"{family}.{name}" if name in own else name
+        found[key] = values.index(params[name]) if _in_order(values) else params[name]
+    return found
+
+
+def _in_order(values: Sequence[Any]) -> bool:
+    """True for three numbers or more that rise or fall."""
+    if len(values) < 3 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        return False
+    return list(values) in (sorted(values), sorted(values, reverse=True))
+
+
+def _tell(study: Study, space: Space, result: Told) -> None:
     """Adds a result; unmeasured figures count as very bad."""
-    if not _fits(result.params, space):
+    if not space.holds(result.params):
         return
     values = {k: v for k, v in result.values.items() if v is not None and math.isfinite(v)}
-    study.enqueue_trial(dict(result.params), user_attrs={"values": values})
-    study.tell(study.ask(distributions), _costs(values, "wire" if space.sparsities else "size"))
-
-
-def _first_untried(space: Space, done: set[tuple[Any, ...]]) -> Params | None:
-    every = (
-        {"ratio": ratio, "teacher": teacher, "epochs": epochs, **sparse}
-        for ratio in space.ratios
-        for epochs in space.epochs
-        for teacher in space.teacher
-        for sparse in ([{"sparsity": share} for share in space.sparsities] or [{}])
-    )
-    return next((params for params in every if _identity(params) not in done), None)
+    study.enqueue_trial(_fixed(result.params, space), user_attrs={"values": values})
+    trial = study.ask()
+    _suggest(trial, space)
+    study.tell(trial, _costs(values, "wire" if space.sparsities else "size"))
 
 
 def _constraints(objective: Objective) -> Callable[[FrozenTrial], Sequence[float]]:
@@ -112,39 +163,7 @@ def _costs(values: Mapping[str, float], size: str = "size") -> list[float]:
 
 
 def _identity(params: Params) -> tuple[Any, ...]:
-    return tuple(sorted(params.items()))
-
-
-def _fits(params: Params, space: Space) -> bool:
-    return (
-        params.get("ratio") in space.ratios
-        and params.get("teacher") in space.teacher
-        and params.get("epochs") in space.epochs
-        and ("sparsity" in params) == bool(space.sparsities)
-        and params.get("sparsity", 0.0) in (space.sparsities or (0.0,))
-    )
-
-
-def _distributions(space: Space) -> dict[str, BaseDistribution]:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if not space.ratios:
-        return {}
-    steps = {round(b - a, 6) for a, b in zip(space.ratios, space.ratios[1:], strict=False)}
-    ratio: BaseDistribution
-    if len(steps) == 1:
-        ratio = FloatDistribution(space.ratios[0], space.ratios[-1], step=steps.pop())
-    else:
-        ratio = CategoricalDistribution(space.ratios)
-    sparse: dict[str, BaseDistribution] = (
-        {"sparsity": CategoricalDistribution(space.sparsities)} if space.sparsities else {}
-    )
-    return {
-        "ratio": ratio,
-        "teacher": CategoricalDistribution(space.teacher),
-        "epochs": CategoricalDistribution(space.epochs),
-        **sparse,
-    }
+    return tuple(sorted({"family": "pruned", **params}.items()))
 
 
 def _study(objective: Objective, seed: int, networks: int | None) -> Study:
@@ -157,7 +176,7 @@ def _study(objective: Objective, seed: int, networks: int | None) -> Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     constraints = _constraints(objective)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `constraints_func` and `multivariate` are marked experimental
+        warnings.simplefilter("ignore")  # `constraints_func`, `multivariate`, `group` are marked experimental
         sampler: optuna.samplers.BaseSampler
         if networks is not None and networks >= EVOLVE_ABOVE:
             sampler = optuna.samplers.NSGAIISampler(
@@ -165,6 +184,10 @@ def _study(objective: Objective, seed: int, networks: int | None) -> Study:
             )
         else:
             sampler = optuna.samplers.TPESampler(
-                n_startup_trials=STARTUP, multivariate=True, seed=seed, constraints_func=constraints
+                n_startup_trials=STARTUP,
+                multivariate=True,
+                group=True,
+                seed=seed,
+                constraints_func=constraints,
             )
         return optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
