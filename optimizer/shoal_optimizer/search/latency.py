@@ -341,7 +341,7 @@ class _Fit:
         names = list(dict.fromkeys(row.network for row in own))
         if len(names) < LEAST_NETWORKS:
             return _DOUBT_ALONE
-        squares = []
+        squares: list[float] = []
         for name in names:
             rest = [row for row in self.rows if row.single or row.network != name]
             fit = _Fit(rest, self.speeds, self.profile_class, careful=False)
