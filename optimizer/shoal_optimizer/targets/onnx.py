@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from shoal_optimizer.targets import dynamic, qdq
+from shoal_optimizer.targets import dynamic, pinned, qdq, reverting, weights_only
 from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target
 from shoal_protos.bundle import RuntimeNeed
 
@@ -41,6 +41,7 @@ class OnnxTarget(Target):
     """
 
     name: ClassVar[str] = "onnxruntime"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", *weights_only.PRECISIONS)
     dynamic: ClassVar[bool] = True
 
     def convert(
@@ -57,9 +58,11 @@ class OnnxTarget(Target):
         if precision == "int8":
             assert calibration is not None
             scheme = Scheme.of(class_spec)
-            graph = quantized_graph(graph, task, calibration, scheme)
+            graph, found = int8_graph(graph, task, calibration, scheme, self.name)
             isa = scheme.isa
-            facts |= scheme.facts() | {"method": calibration.method}
+            facts |= scheme.facts() | found
+        elif precision != "fp32":
+            graph = weights_only.converted(graph, precision, excluded_nodes(graph))
         need = RuntimeNeed(self.name, MODEL_FILE, version_min=RUNTIME_MIN, isa=isa, precision=precision)
         return Exported({MODEL_FILE: strip(graph)}, need, precision, task.signature, facts)
 
@@ -172,7 +175,8 @@ def _export(model: nn.Module, task: Task) -> bytes:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences the exporter's warnings and log lines; its errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    talkative = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "onnxruntime.quantization")
+    loggers = [logging.getLogger(name) for name in talkative]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -186,6 +190,26 @@ def quiet() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------- int8
+
+
+def int8_graph(
+    graph: bytes, task: Task, calibration: Calibration, scheme: Scheme, runtime: str
+) -> tuple[bytes, dict[str, Any]]:
+    """The int8 form of a float graph with at most `calibration.max_drop` of the metric lost in `runtime`.
+
+    Returns:
+        The graph, and facts: "method", "pinned" (number of learned ranges in it), and of layers that went
+        back to float what `reverting.within` tells.
+    """
+    facts: dict[str, Any] = {"method": calibration.method}
+    if calibration.pinned:
+        facts["pinned"] = len(pinned.tensor_ranges(graph, calibration.pinned))
+    if calibration.max_drop < 1:
+        calibration, told = reverting.within(
+            graph, task, calibration, runtime, lambda given: quantized_graph(graph, task, given, scheme)
+        )
+        facts |= told
+    return quantized_graph(graph, task, calibration, scheme), facts
 
 
 def quantized_graph(graph: bytes, task: Task, calibration: Calibration, scheme: Scheme) -> bytes:
@@ -218,11 +242,17 @@ def excluded_nodes(graph: bytes) -> list[str]:
     proto = onnx.load_from_string(graph).graph
     weights = {item.name for item in proto.initializer}
     found = []
+    outside: set[str] = set()
     for node in proto.node:
         # A convolution folded with its batch norm bears the norm's scope; its weight tells the rest.
         scopes = [*scopes_of(node), *(name.rpartition(".")[0] for name in node.input if name in weights)]
-        if any(scope.partition(".")[0] in FLOAT_PARTS for scope in scopes):
+        named = [scope.partition(".")[0] for scope in scopes if scope]
+        inputs = [name for name in node.input if name and name not in weights]
+        # The exporter makes some nodes (Split) without a scope: they belong to what they read.
+        follows = not named and bool(inputs) and all(name in outside for name in inputs)
+        if follows or any(part in FLOAT_PARTS for part in named):
             found.append(node.name)
+            outside.update(node.output)
     return found
 
 
@@ -244,7 +274,9 @@ def reader(graph: bytes, inputs: np.ndarray) -> Any:
 
     proto = onnx.load_from_string(graph).graph
     constants = {item.name for item in proto.initializer}
-    name = next(item.name for item in proto.input if item.name not in constants)
+    given = [item for item in proto.input if item.name not in constants]
+    fixed = given[0].type.tensor_type.shape.dim[0].dim_value
+    size = min(fixed, _CALIBRATION_BATCH) if fixed else _CALIBRATION_BATCH
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         """Feeds batches to ONNX Runtime's calibrator."""
@@ -256,9 +288,12 @@ def reader(graph: bytes, inputs: np.ndarray) -> Any:
             if self._position >= len(inputs):
                 return None
             # The calibrators of histograms take batches of one size only, so the last one starts earlier.
-            start = max(0, min(self._position, len(inputs) - _CALIBRATION_BATCH))
-            self._position += _CALIBRATION_BATCH
-            return {name: np.ascontiguousarray(inputs[start : start + _CALIBRATION_BATCH])}
+            start = max(0, min(self._position, len(inputs) - size))
+            self._position += size
+            part = inputs[start : start + size]
+            if inputs.dtype.names is None:
+                return {given[0].name: np.ascontiguousarray(part)}
+            return {name: np.ascontiguousarray(part[name]) for name in inputs.dtype.names}
 
     return Reader()
 

@@ -95,7 +95,7 @@ def _ranges_path(task: Task, graph: bytes, calibration: Calibration) -> str | No
 
 
 def weighted_nodes(graph: bytes) -> list[str]:
-    """Names of the nodes with stored weights that int8 is for, in graph order; those of the task's parts not."""
+    """Names of the nodes with stored weights that int8 is for, in graph order; not of the task's parts."""
     import onnx
 
     from shoal_optimizer.targets.onnx import excluded_nodes
