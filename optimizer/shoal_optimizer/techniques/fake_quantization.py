@@ -9,6 +9,7 @@ folding multiplies each output channel by one number, and so its scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +161,8 @@ class Simulated(nn.Module):
         if place is None or not self.rounding:
             return values
         low, high = self.ranges[place].tolist()
-        return self.grid.round(values, low, high)
+        # A diverged pass has no range; its loss says so, and training goes back.
+        return self.grid.round(values, low, high) if math.isfinite(high - low) else values
 
     def _observe(self, values: Tensor, site: Site) -> int:
         low, high = torch.aminmax(values.detach())

@@ -10,7 +10,7 @@ import numpy as np
 
 from shoal_optimizer.techniques import distillation, ranges
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
-from shoal_protos.errors import Unsupported
+from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,6 +95,11 @@ def _first_ranges(simulated: Simulated, work: Work) -> None:
             work.checkpoint()
             part = np.ascontiguousarray(data.inputs[start : start + BATCH])
             simulated(work.task.pre(torch.from_numpy(part)))
+    if not bool(torch.isfinite(simulated.ranges).all()):
+        raise InvalidInput(
+            "The model gives values that are no finite numbers on the calibration data.",
+            "Look for NaN in weights and data.",
+        )
     simulated.rounding = True
 
 
