@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from shoal_optimizer.task import Task
 
-WIDTHS = (0.75, 0.625, 0.5, 0.375, 0.25)
+WIDTHS = (0.5, 0.25, 0.75, 0.375, 0.625)  # of equal ones the first is named
 DEPTHS = (0.75, 0.5, 0.25, 0.0)
 KERNELS = (5, 3, 1)
 RESOLUTIONS = (0.75, 0.5)
@@ -243,6 +243,7 @@ class _Look:
         if len(found) == 1:
             self.reasons["width"] = f"Every layer has {ROUND_TO} channels at most."
             return (1.0,)
+        found.sort(reverse=True)
         before = sum(p.numel() for p in self.model.parameters())
         try:
             smallest = narrow(copy.deepcopy(self.model), self.task, found[-1])
@@ -331,7 +332,7 @@ class _Look:
                 if cost is not None and cost not in costs:
                     costs.append(cost)
                     kept.append(value)
-            found[name] = (neutral[name], *kept)
+            found[name] = (neutral[name], *sorted(kept, reverse=True))
             if not kept:
                 self.reasons[name] = f"architecture() makes the same network of every {name}, or none."
         return ArchitectureSpace(
