@@ -1,40 +1,30 @@
 """The report of a search: one self-contained HTML page, and the same as JSON.
 
-The page asks nothing of the network, prints well and follows the reader's light or dark setting.
+The page asks nothing of the network, prints well, follows the reader's light or dark setting and works
+without its one small script, which adds tooltips and arrow keys.
 """
 
 from __future__ import annotations
 
-import html
+import base64
+import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
+
+from shoal_optimizer import objective
 from shoal_optimizer.jobstate import write_atomic
-from shoal_optimizer.objective import show
+from shoal_optimizer.objective import Constraint, show
+from shoal_optimizer.reporting import charts, facts, text
+from shoal_protos.errors import InvalidInput
 
-SCHEMA = 1
-WIDTH, HEIGHT = 720, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 44
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A candidate in the plot. `low`/`high` bound the latency, `accuracy_low`/`_high` the accuracy."""
-
-    name: str
-    latency: float
-    low: float
-    high: float
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    kept: bool
-    chosen: bool
+SCHEMA = 2
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
@@ -52,6 +42,41 @@ def write(data: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
+@cache
+def script() -> str:
+    """The page's one script."""
+    return (_TEMPLATES / "report.js").read_text()
+
+
+def policy() -> str:
+    """The Content-Security-Policy under which a server should give the page: it reaches nothing, and runs
+    this version's script alone."""
+    digest = base64.b64encode(hashlib.sha256(script().encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+        "sandbox allow-scripts"
+    )
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+@dataclass(frozen=True)
+class View:
+    """One profile class as the page shows it."""
+
+    entry: Mapping[str, Any]
+    tiles: Sequence[facts.Tile]
+    panes: Sequence[charts.Pane]
+    limits: Sequence[Constraint]
+    original: str
+    changes: Sequence[facts.Change]
+    who: str
+    lowest: float  # where the scale of the recalls begins
+    techniques: Sequence[facts.Technique]
+    rows: Sequence[Mapping[str, Any]]
+
+
 def render(data: Mapping[str, Any]) -> str:
     """The page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -63,144 +88,96 @@ def render(data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=figure, percent=percent, when=when, ago=seconds)
+    environment.filters.update(
+        figure=text.figure, spread=spread, percent=text.percent, points=text.points, times=text.times,
+        number=text.number, when=text.when, ago=text.seconds, step=text.step, predicted=predicted, context=context, lost=lost,
+    )  # fmt: skip
     environment.filters["metric_of"] = lambda value, metric: show(metric, value)
-    template = environment.get_template("report.html.j2")
-    plots = {entry["name"]: plot(dots(entry)) for entry in data["classes"]}
-    return template.render(report=data, plots=plots)
-
-
-# ---------------------------------------------------------------------------- figures for people
-
-
-def figure(value: Mapping[str, Any] | None, metric: str) -> str:
-    """A figure with its interval: "0.984 (0.96 to 0.994, n 250)"; "unmeasured" when there is none."""
-    if value is None or value.get("value") is None:
-        return "unmeasured"
-    text = show(metric, value["value"])
-    low, high, n = value.get("low"), value.get("high"), value.get("n")
-    if low is None or high is None or low == high:
-        return text
-    spread = f"{show(metric, low)} to {show(metric, high)}"
-    return f"{text} ({spread}, n {n})" if n else f"{text} ({spread})"
-
-
-def percent(value: float | None) -> str:
-    return "unmeasured" if value is None else f"{100 * value:.3g} %"
-
-
-def when(milliseconds: float) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 90 else f"{value / 60:.1f} min"
-
-
-# ---------------------------------------------------------------------------- the plot
-
-
-def dots(entry: Mapping[str, Any]) -> list[Dot]:
-    """The candidates of one class that have both latency and accuracy."""
-    kept = {item["name"] for item in entry["front"]}
-    found = []
-    for candidate in entry["candidates"]:
-        latency, accuracy = candidate["latency_p95"], candidate["accuracy"]
-        if latency is None or accuracy is None:
-            continue
-        found.append(
-            Dot(
-                candidate["name"],
-                latency["value"],
-                latency["low"],
-                latency["high"],
-                accuracy["value"],
-                accuracy["low"],
-                accuracy["high"],
-                candidate["name"] in kept,
-                candidate["name"] == entry["chosen"],
-            )
-        )
-    return found
-
-
-def plot(points: Sequence[Dot]) -> str:
-    """SVG of accuracy over latency (logarithmic) with error bars; "" below two points."""
-    if len(points) < 2:
-        return ""
-    left, right = _log_range([p.low for p in points], [p.high for p in points])
-    bottom = min(p.accuracy_low for p in points)
-    top = max(p.accuracy_high for p in points)
-    margin = 0.06 * max(top - bottom, 1e-3)
-    bottom, top = bottom - margin, top + margin
-
-    def x(value: float) -> float:
-        share = (math.log(max(value, left)) - math.log(left)) / (math.log(right) - math.log(left))
-        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
-
-    def y(value: float) -> float:
-        return HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Accuracy over latency of {len(points)} '
-        'candidates" class="plot">'
-    ]
-    parts += [_x_tick(x(v), show("latency_p95", v)) for v in _log_ticks(left, right)]
-    parts += [_y_tick(y(v), f"{v:.3g}") for v in _ticks(bottom, top)]
-    parts.append(
-        f'<text class="axis" x="{WIDTH / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">latency p95</text>'
+    metric = str(data.get("metric", "accuracy"))
+    graph = data.get("graph")
+    sensitivity = sensitivity_table(data.get("sensitivity"))
+    return environment.get_template("report.html.j2").render(
+        report=data,
+        views=[view(entry, metric, limits(str(data["objective"]))) for entry in data["classes"]],
+        metric=text.metric_label(metric),
+        style=(_TEMPLATES / "report.css").read_text(),
+        script=script(),
+        interval=charts.interval,
+        layers=facts.layers(graph) if graph else [],
+        own_share=facts.own_share(graph) if graph else 0.0,
+        sensitivity=sensitivity,
+        heat=lambda loss: min(80, max(0, round(400 * (loss or 0.0)))),
     )
-    for p in sorted(points, key=lambda p: (p.chosen, p.kept)):
-        kind = "chosen" if p.chosen else "kept" if p.kept else "other"
-        parts.append(
-            f'<g class="{kind}"><title>{html.escape(p.name)}</title>'
-            f"{_line('', x(p.low), y(p.accuracy), x(p.high), y(p.accuracy))}"
-            f"{_line('', x(p.latency), y(p.accuracy_low), x(p.latency), y(p.accuracy_high))}"
-            f'<circle cx="{x(p.latency):.1f}" cy="{y(p.accuracy):.1f}" r="{6 if p.chosen else 4.5}"/></g>'
-        )
-    chosen = next((p for p in points if p.chosen), None)
-    if chosen is not None:
-        side, offset = ("end", -10) if x(chosen.latency) > WIDTH / 2 else ("start", 10)
-        parts.append(
-            f'<text class="label" x="{x(chosen.latency) + offset:.1f}" y="{y(chosen.accuracy) - 10:.1f}" '
-            f'text-anchor="{side}">{html.escape(chosen.name)}</text>'
-        )
-    return "".join([*parts, "</svg>"])
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    name = f' class="{kind}"' if kind else ""
-    return f'<line{name} x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+def view(entry: Mapping[str, Any], metric: str, bounds: Sequence[Constraint]) -> View:
+    """What the page shows of one class."""
+    base, mine = facts.original(entry), facts.chosen(entry)
+    name = "" if base is None else str(base["name"])
+    changes = [] if mine is None else facts.per_class(mine, base)
+    lows = [row["low"] for c in changes for row in (c.before, c.after) if row is not None]
+    panes = charts.panes(charts.dots(entry, metric, name), metric, bounds)
+    return View(
+        entry,
+        facts.tiles(entry, metric),
+        panes,
+        bounds,
+        name,
+        changes,
+        facts.who(changes),
+        min(lows, default=0.0) - 0.02,
+        facts.techniques(entry) if len(entry["candidates"]) > 1 else [],
+        entry["candidates"],
+    )
 
 
-def _text(x: float, y: float, anchor: str, text: str) -> str:
-    return f'<text class="axis" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+def spread(value: Mapping[str, Any] | None, metric: str) -> Markup:
+    """A figure with its interval in a line of its own below."""
+    lead, bracket, rest = text.figure(value, metric).partition(" (")
+    return Markup("{}<small>{}</small>").format(lead, rest.removesuffix(")")) if bracket else escape(lead)
 
 
-def _x_tick(place: float, text: str) -> str:
-    foot = HEIGHT - _BOTTOM
-    return _line("grid", place, _TOP, place, foot) + _text(place, foot + 16, "middle", text)
+def limits(text_: str) -> list[Constraint]:
+    """The objective's bounds; none where this version cannot read it."""
+    try:
+        return [c for c in objective.parse(text_).constraints if c.metric in charts.axes("accuracy")]
+    except InvalidInput:
+        return []
 
 
-def _y_tick(place: float, text: str) -> str:
-    return _line("grid", _LEFT, place, WIDTH - _RIGHT, place) + _text(_LEFT - 8, place + 4, "end", text)
+def predicted(row: Mapping[str, Any]) -> str:
+    """What a table predicted for a candidate, with the prediction's error: "0.8 ms ± 12 %, was 9 % off"."""
+    found = row.get("predicted")
+    if not found:
+        return ""
+    said = f"{show('latency_p50', found['ms'])} ± {100 * found['relative_error']:.2g} %"
+    measured = facts.value(row, "latency_p50")
+    if measured:
+        said += f", was {100 * abs(found['ms'] / measured - 1):.2g} % off"
+    return said
 
 
-def _log_range(lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
-    low, high = max(min(lows), 1e-6), max(max(highs), 2e-6)
-    return low * 0.85, max(high, low * 1.05) * 1.15
+def context(found: Mapping[str, str]) -> str:
+    """Under what a figure was measured, in a few words."""
+    parts = [f"{found.get('runtime', '')} {found.get('runtime_version', '')}".strip()]
+    threads = found.get("threads", "")
+    parts += [f"{threads} thread{'' if threads == '1' else 's'}"] if threads else []
+    parts += [f"load {found['load']}"] if found.get("load") else []
+    return ", ".join(part for part in parts if part)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of each decade inside the range."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
-    return found or [math.sqrt(low * high)]
+def lost(loss: float | None) -> str:
+    return "" if loss is None else f"{100 * loss:.2g}"
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round values inside the range."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
-    first = math.ceil(low / step)
-    return [i * step for i in range(first, math.floor(high / step) + 1)]
+def sensitivity_table(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Rows of (layer, loss at each ratio) from a `SensitivityMap`'s JSON."""
+    if not found or not found.get("layers"):
+        return None
+    layers: Mapping[str, Mapping[str, float]] = found["layers"]
+    ratios = sorted({float(ratio) for losses in layers.values() for ratio in losses})
+    rows = [
+        (name, [{float(r): loss for r, loss in losses.items()}.get(ratio) for ratio in ratios])
+        for name, losses in layers.items()
+    ]
+    return {"ratios": ratios, "rows": rows}

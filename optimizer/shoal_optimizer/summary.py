@@ -6,13 +6,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal_optimizer import packing
+from shoal_agent.telemetry.intervals import wilson
+from shoal_optimizer import lineage, profiling, replay
+from shoal_optimizer.analysis import analyse
 from shoal_optimizer.candidates import Candidate, Workshop
 from shoal_optimizer.meter import Figure, Measurement
 from shoal_optimizer.objective import Objective
 from shoal_optimizer.report import SCHEMA
 from shoal_optimizer.search.fidelity import Figures
 from shoal_optimizer.search.selection import ClassResult, Selection, front_entry
+from shoal_protos.bundle import open_bundle
+from shoal_protos.errors import ShoalError
 
 
 def fronts(results: Sequence[ClassResult]) -> dict[str, list[dict[str, Any]]]:
@@ -46,24 +50,28 @@ def build(
 ) -> dict[str, Any]:
     """Everything the report shows: every trial with intervals and context, and the lineage."""
     spec = workshop.spec
+    classes = [_class(result, selection, candidates) for result in results]
     return {
         "schema": SCHEMA,
         "model": workshop.label,
+        "metric": workshop.task.metric_name,
         "objective": str(objective),
         "sentence": sentence(results, candidates),
         "time_ms": int(time.time() * 1000),
         "used_s": round(workshop.state.used_s, 1),
         "seed": spec.seed,
         "kind": spec.kind,
-        "classes": [_class(result, selection, candidates) for result in results],
-        "networks": list(workshop.state.networks.values()),
+        "classes": classes,
+        "networks": [
+            {"key": key, **{name: value for name, value in network.items() if name != "path"}}
+            for key, network in workshop.state.networks.items()
+        ],
+        "left_out": list(workshop.state.facts.get("left_out", [])),
+        "predictions": dict(workshop.state.facts.get("predictions", {})),
         "adaptation": adaptation,
-        "lineage": {
-            "task": spec.task,
-            "data": workshop.task.data_digest,
-            "weights": workshop.weights_digest or "made by the task file",
-            **packing.tool_versions(),
-        },
+        "graph": graph(workshop, classes) if spec.kind == "optimize" else None,
+        "sensitivity": workshop.state.facts.get("sensitivity"),
+        "lineage": lineage.of_job(workshop.task, spec, workshop.weights_digest),
         "context": _context(workshop.state.timings),
     }
 
@@ -92,6 +100,9 @@ def _class(result: ClassResult, selection: Selection, candidates: Sequence[Candi
     return {
         "name": profile_class.name,
         "local": profile_class.local,
+        "emulated": profile_class.emulated,
+        "isa": list(profile_class.isa),
+        "runtimes": dict(profile_class.runtimes),
         "sentence": result.choice.sentence if result.choice else "No target of this class could be exported.",
         "feasible": bool(result.choice and result.choice.feasible),
         "chosen": chosen,
@@ -107,6 +118,9 @@ def _row(candidate: Candidate, figures: Figures) -> dict[str, Any]:
     return {
         "name": candidate.name,
         "bundle": candidate.bundle,
+        "files": bundle_files(candidate),
+        "network": candidate.network,
+        "classes": list(candidate.classes),
         "target": candidate.target,
         "precision": candidate.precision,
         "recipe": [dict(step) for step in candidate.recipe],
@@ -114,6 +128,7 @@ def _row(candidate: Candidate, figures: Figures) -> dict[str, Any]:
         "size_bytes": candidate.size_bytes,
         "wire_bytes": candidate.wire_bytes,
         "accuracy": plain(figures.accuracy),
+        "per_class": per_class(candidate),
         "field_accuracy": plain(candidate.field_accuracy),
         "latency_p50": plain(figures.latency_p50),
         "latency_p95": plain(figures.latency_p95),
@@ -125,6 +140,58 @@ def _row(candidate: Candidate, figures: Figures) -> dict[str, Any]:
         "accuracy_source": figures.accuracy_source or figures.source,
         "context": figures.context,
     }
+
+
+def bundle_files(candidate: Candidate) -> dict[str, str]:
+    """Title -> digest of every file of the bundle, its description included."""
+    try:
+        return dict(replay.describe(candidate)["files"])
+    except (OSError, ShoalError):  # a layout that was swept away says nothing against the figures
+        return {}
+
+
+def per_class(candidate: Candidate) -> dict[str, dict[str, float | int]]:
+    """Label of the data -> its recall with a 95 % Wilson interval and the items behind it."""
+    found = {}
+    for label, (recall, n) in candidate.per_class.items():
+        low, high = wilson(recall * n, n)
+        found[label] = {"value": recall, "low": low, "high": high, "n": n}
+    return found
+
+
+# ---------------------------------------------------------------------------- what is inside the models
+
+
+def graph(workshop: Workshop, classes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The original layer by layer with the time of each in ONNX Runtime, and the operations of what was
+    chosen in its own runtime. What no runtime here can tell is left out with the reason."""
+    task = workshop.task
+    found: dict[str, Any] = {
+        "original": analyse(task).to_json(),
+        "operations": [],
+        "reason": "",
+        "chosen": {},
+    }
+    try:
+        found["operations"] = [o.to_json() for o in profiling.layer_times(task)]
+    except Exception as error:  # a profiler that fails costs a column, never the report
+        found["reason"] = f"No times: {type(error).__name__}: {str(error)[:200]}"
+    candidates = {c["name"]: c for entry in classes for c in entry["candidates"]}
+    for name in dict.fromkeys(str(entry["chosen"]) for entry in classes if entry["chosen"]):
+        found["chosen"][name] = _operations(workshop, candidates[name]["bundle"])
+    return found
+
+
+def _operations(workshop: Workshop, bundle: str) -> dict[str, Any]:
+    saved = [Candidate.from_json(raw) for raw in workshop.state.candidates.values()]
+    candidate = next(c for c in saved if c.bundle == bundle)
+    item = {workshop.task.signature.inputs[0].name: workshop.task.required("evaluation").inputs[:1]}
+    try:
+        path = open_bundle(candidate.ref.layout, bundle, verify=False).model_file
+        operations = profiling.profile(candidate.target, path, item)
+    except Exception as error:
+        return {"operations": [], "reason": f"No times: {str(error)[:200]}"}
+    return {"operations": [o.to_json() for o in operations], "reason": ""}
 
 
 def _context(timings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
