@@ -43,6 +43,7 @@ class Facts:
     # Share of convolutions and matrix products that run in int8, from the runtime's own
     # optimized graph; NaN where the bundle promises no int8 or there are none.
     int8_share: float
+    float_operators: tuple[str, ...] = ()  # those that don't, by the runtime's names
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Counts the operations of an ONNX file without the `onnx` package: a walk over the protobuf wire
-format (ModelProto.graph = 7, GraphProto.node = 1, NodeProto.op_type = 4, .attribute = 5,
+format (ModelProto.graph = 7, GraphProto.node = 1, NodeProto.name = 3, .op_type = 4, .attribute = 5,
 AttributeProto.g = 6 for sub-graphs). A device must not need 30 MB of schema code to count names."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from shoal_protos.errors import InvalidInput
 
 _GRAPH, _NODE, _OP_TYPE, _ATTRIBUTE, _SUBGRAPH = 7, 1, 4, 5, 6
+_NAME = 3  # NodeProto.name
 _MAX_DEPTH = 16
 
 
@@ -19,27 +20,40 @@ def op_counts(model: bytes) -> Counter[str]:
     Raises:
         InvalidInput: the bytes are not a protobuf message.
     """
-    counts: Counter[str] = Counter()
-    view = memoryview(model)
-    for number, value in _fields(view):
+    return Counter(kind for kind, _ in operators(model))
+
+
+def operators(model: bytes) -> list[tuple[str, str]]:
+    """(op_type, name) of every node, sub-graphs included, in the file's order.
+
+    Raises:
+        InvalidInput: the bytes are not a protobuf message.
+    """
+    found: list[tuple[str, str]] = []
+    for number, value in _fields(memoryview(model)):
         if number == _GRAPH:
-            _count(value, counts, 0)
-    return counts
+            _collect(value, found, 0)
+    return found
 
 
-def _count(graph: memoryview, counts: Counter[str], depth: int) -> None:
+def _collect(graph: memoryview, found: list[tuple[str, str]], depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise InvalidInput("The model's graphs are nested too deeply.")
     for number, node in _fields(graph):
         if number != _NODE:
             continue
+        kind = name = None
         for field, value in _fields(node):
             if field == _OP_TYPE:
-                counts[bytes(value).decode("utf-8", "replace")] += 1
+                kind = bytes(value).decode("utf-8", "replace")
+            elif field == _NAME:
+                name = bytes(value).decode("utf-8", "replace")
             elif field == _ATTRIBUTE:
                 for inner, subgraph in _fields(value):
                     if inner == _SUBGRAPH:
-                        _count(subgraph, counts, depth + 1)
+                        _collect(subgraph, found, depth + 1)
+        if kind is not None:
+            found.append((kind, name or kind))
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:

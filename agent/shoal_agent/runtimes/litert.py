@@ -170,7 +170,7 @@ class LiteRtInstance(Instance):
                     self._version,
                     DELEGATE if delegated else PLAIN,
                     self._options.threads,
-                    _int8_share(interpreter, operations) if self._precision == "int8" else math.nan,
+                    *(_int8_share(interpreter, operations) if self._precision == "int8" else (math.nan, ())),
                 )
             return self._facts
 
@@ -238,12 +238,18 @@ def _tensors(ports: Mapping[str, _Port]) -> dict[str, tuple[str, tuple[int, ...]
     }
 
 
-def _int8_share(interpreter: Any, operations: list[Any]) -> float:
-    """Share of convolutions and matrix products whose weights are int8 when they run.
+def _int8_share(interpreter: Any, operations: list[Any]) -> tuple[float, tuple[str, ...]]:
+    """Share of convolutions and matrix products whose weights are int8 when they run, and the others'
+    kinds with the names of what they give.
 
     Weights that are stored as int8 but made float first reach their operation as float.
     """
-    kinds = {details["index"]: np.dtype(details["dtype"]) for details in interpreter.get_tensor_details()}
+    tensors = {details["index"]: details for details in interpreter.get_tensor_details()}
     compute = [operation for operation in operations if operation["op_name"] in _COMPUTE_OPS]
-    quantized = sum(1 for operation in compute if kinds.get(operation["inputs"][_WEIGHTS]) in _INT8)
-    return share(quantized, len(compute) - quantized)
+    floating = []
+    for operation in compute:
+        weights = tensors.get(operation["inputs"][_WEIGHTS])
+        if weights is None or np.dtype(weights["dtype"]) not in _INT8:
+            made = tensors.get(operation["outputs"][0])
+            floating.append(f"{operation['op_name']} {made['name'] if made else ''}".strip())
+    return share(len(compute) - len(floating), len(floating)), tuple(floating)

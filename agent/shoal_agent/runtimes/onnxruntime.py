@@ -142,21 +142,22 @@ class OnnxRuntimeInstance(Instance):
                     str(_module().__version__),
                     CPU,
                     self._options.threads,
-                    self._int8_share(),
+                    *self._int8_share(),
                 )
             return self._facts
 
-    def _int8_share(self) -> float:
+    def _int8_share(self) -> tuple[float, tuple[str, ...]]:
+        """The share, and the names of the operations that stayed in float."""
         if self._bundle.config.runtime.precision != "int8":
-            return math.nan
+            return math.nan, ()
         with tempfile.TemporaryDirectory(prefix="shoal-graph-") as folder:
             target = Path(folder) / "optimized.onnx"
             settings = _session_options(self._options)
             settings.optimized_model_filepath = str(target)
             _module().InferenceSession(str(self._bundle.model_file), settings, providers=[CPU])
-            counts = graph.op_counts(target.read_bytes())
-        quantized = sum(count for name, count in counts.items() if name in _INT8_OPS)
-        return share(quantized, sum(count for name, count in counts.items() if name in _FLOAT_OPS))
+            nodes = graph.operators(target.read_bytes())
+        floating = tuple(name for kind, name in nodes if kind in _FLOAT_OPS)
+        return share(sum(1 for kind, _ in nodes if kind in _INT8_OPS), len(floating)), floating
 
     def close(self) -> None:
         self._session = None

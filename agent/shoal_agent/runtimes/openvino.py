@@ -173,22 +173,24 @@ class OpenVinoInstance(Instance):
                     str(_module().__version__).split("-", 1)[0],
                     DEVICE,
                     self._options.threads,
-                    self._int8_share(),
+                    *self._int8_share(),
                 )
             return self._facts
 
-    def _int8_share(self) -> float:
+    def _int8_share(self) -> tuple[float, tuple[str, ...]]:
+        """The share, and the names of the operations that stayed in float."""
         if self._precision != "int8" or self._compiled is None:
-            return math.nan
-        quantized = floating = 0
+            return math.nan, ()
+        quantized = 0
+        floating = []
         for operation in self._compiled.get_runtime_model().get_ordered_ops():
             details = operation.get_rt_info()
             if _text(details, "layerType") in _COMPUTE_LAYERS:
                 if _text(details, "runtimePrecision") in _INT8:
                     quantized += 1
                 else:
-                    floating += 1
-        return share(quantized, floating)
+                    floating.append(str(operation.get_friendly_name()))
+        return share(quantized, len(floating)), tuple(floating)
 
     def close(self) -> None:
         self._compiled = None

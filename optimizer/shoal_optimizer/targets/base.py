@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import tempfile
 import weakref
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from shoal_optimizer.inputs import by_name, step_of
+from shoal_optimizer.targets import gates
 from shoal_protos.bundle import BundleConfig, RuntimeNeed, Signature, open_bundle, write_bundle
 from shoal_protos.errors import InvalidInput, NotFound, ShoalError, Unsupported
 
@@ -97,8 +100,10 @@ class Exported:
     Attributes:
         files: title -> content; `runtime.model_file` names the one to load.
         facts: figures of the export: "parity_max" (largest difference from torch on real data, in
-            output units), "parity_agreement" (share of equal arg-max), "int8_share" (read from the
-            runtime's optimized graph; None = fp32 asked, or that runtime can't be had here).
+            output units), "parity_agreement" (share of equal arg-max), "parity_kappa",
+            "parity_sqnr_db" and "parity_varying_sqnr_db" (see `gates`), "int8_share" (read from the
+            runtime's optimized graph; None = fp32 asked, or that runtime can't be had here),
+            "float_operators" (what stayed in float) and "int8_share_expected" (without what should).
         twin: the same graph for a runtime of this machine, where the own one only exists on devices:
             golden and reference outputs come from it.
     """
@@ -162,12 +167,18 @@ class Target(ABC):
         precision: str = "fp32",
         calibration: Calibration | None = None,
         class_spec: ClassSpec | None = None,
+        *,
+        min_int8_share: float = gates.MIN_INT8_SHARE,
     ) -> Exported:
         """Converts, loads the result with the agent's own runtime and compares it with the torch model.
 
+        Args:
+            min_int8_share: of the operations that should be int8, on a class that this machine is of.
+
         Raises:
             InvalidInput: the model cannot be exported, or its converted form answers differently.
-            Unsupported: a precision that this target does not have.
+            Unsupported: a precision that this target does not have, int8 that is computed in float, or a
+                narrow file whose answers are far from the original's (`gates`).
         """
         if precision not in self.precisions:
             raise Unsupported(
@@ -187,7 +198,11 @@ class Target(ABC):
             remedy = "Export the ONNX file again with opset 17 or newer and float32 weights."
         with _clear_errors(self.name, remedy):
             exported = self.convert(model, task, precision, calibration, spec)
-        return refuse_fallback(self.check(exported, model, task), spec)
+        if calibration is not None and calibration.keep_float:
+            kept = {"keep_float": list(calibration.keep_float)}
+            exported = dataclasses.replace(exported, facts={**exported.facts, **kept})
+        checked = with_expected_share(self.check(exported, model, task), model, task)
+        return refuse_fallback(checked, spec, min_int8_share)
 
     def check(self, exported: Exported, model: nn.Module | None, task: Task) -> Exported:
         """Adds to the facts what can be found out here; a target whose runtime can't be had here says so.
@@ -214,7 +229,12 @@ def _clear_errors(target: str, remedy: str) -> Iterator[None]:
 
 
 def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exported:
-    """Adds parity and int8 share to the facts. Raises InvalidInput when an fp32 export differs from torch."""
+    """Adds parity and int8 share to the facts.
+
+    Raises:
+        InvalidInput: an fp32 export differs from torch.
+        Unsupported: a narrower one is too far from it, see `gates`.
+    """
     inputs = task.required("evaluation").inputs[:PARITY_ITEMS]
     wanted = task.predict(model, inputs)  # type: ignore[arg-type]
     instance = load_exported(exported)
@@ -223,49 +243,58 @@ def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exp
         facts = instance.facts()
     finally:
         instance.close()
-    worst = (
-        float(np.max(np.abs(got.astype(np.float64) - wanted))) if got.shape == wanted.shape else float("inf")
-    )
-    scale = float(np.max(np.abs(wanted))) or 1.0
-    agreement = None
-    if exported.signature.output_kind == "logits" and got.shape == wanted.shape:
-        agreement = float(np.mean(got.argmax(-1) == wanted.argmax(-1)))
-    if exported.precision == "fp32" and not worst <= 1e-3 + 1e-2 * scale:
-        raise InvalidInput(
-            f"The model converted for {exported.runtime.name} answers differently: by {worst:.3g} on outputs "
-            f"up to {scale:.3g}.",
-            "Look for randomness or training-mode layers in forward().",
-        )
-    share = facts.int8_share if exported.precision == "int8" else None
-    return dataclasses.replace(
-        exported,
-        facts={
-            **exported.facts,
-            "parity_max": worst,
-            "parity_scale": scale,
-            "parity_agreement": agreement,
-            "parity_items": len(inputs),
-            "int8_share": share,
-        },
-    )
+    parity = gates.compare(wanted, got, exported.signature.output_kind)
+    gates.require_parity(parity, exported.runtime.name, exported.precision)
+    found = {**exported.facts, **parity.facts(), "int8_share": None}
+    if exported.precision == "int8" and not math.isnan(facts.int8_share):
+        found["int8_share"] = facts.int8_share
+        found["float_operators"] = list(facts.float_operators)
+    return dataclasses.replace(exported, facts=found)
 
 
-def refuse_fallback(exported: Exported, spec: ClassSpec) -> Exported:
-    """The same export, unless its int8 silently became float on this machine, which is of the class.
+def with_expected_share(exported: Exported, model: nn.Module | None, task: Task) -> Exported:
+    """Adds `int8_share_expected`: the share among operations that should be int8, without those of
+    preprocess, postprocess and the layers kept in float (`float_by_design`)."""
+    share = exported.facts.get("int8_share")
+    if share is None or "int8_share_expected" in exported.facts:
+        return exported
+    floats = exported.facts.get("float_operators", [])
+    meant = float_by_design(exported, model, task) if share < 1.0 else []
+    facts: dict[str, Any] = {"int8_share_expected": gates.expected_share(share, len(floats), len(meant))}
+    if meant:
+        facts["float_by_design"] = meant
+    return dataclasses.replace(exported, facts={**exported.facts, **facts})
+
+
+def refuse_fallback(exported: Exported, spec: ClassSpec, minimum: float = gates.MIN_INT8_SHARE) -> Exported:
+    """The same export, unless too much of its int8 became float on this machine, which is of the class.
 
     On another kind of machine the share is read by the device: by timing trials, and by the probe
     against the promised one.
 
     Raises:
-        Unsupported: int8 was asked and no convolution or matrix product runs in it.
+        Unsupported: the expected share is below `minimum`; names the operations.
     """
-    share = exported.facts.get("int8_share")
-    if exported.precision != "int8" or not spec.local or share is None or share > 0:
-        return exported
-    raise Unsupported(
-        f"No convolution or matrix product of this model runs in int8 in {exported.runtime.name}.",
-        "Use the precision fp32: an int8 file that is computed in float is only less accurate.",
-    )
+    facts = exported.facts
+    expected = facts.get("int8_share_expected", facts.get("int8_share"))
+    if exported.precision == "int8" and spec.local and expected is not None:
+        meant = facts.get("float_by_design", [])
+        names = [name for name in facts.get("float_operators", []) if not any(k in name for k in meant)]
+        gates.require_share(expected, exported.runtime.name, minimum, names)
+    return exported
+
+
+def float_by_design(exported: Exported, model: nn.Module | None, task: Task) -> list[str]:
+    """Names, in the float ONNX graph, of the convolutions and matrix products that no int8 is meant for."""
+    import onnx
+
+    from shoal_optimizer.targets.onnx import excluded_nodes, float_graph
+    from shoal_optimizer.targets.qdq import WEIGHTED
+
+    graph = float_graph(model, task)
+    outside = {*excluded_nodes(graph), *exported.facts.get("keep_float", ())}
+    nodes = onnx.load_from_string(graph).graph.node
+    return [node.name for node in nodes if node.op_type in WEIGHTED and node.name in outside]
 
 
 def load_twin(exported: Exported, *, threads: int = 1) -> Instance:
@@ -299,9 +328,9 @@ def load_exported(exported: Exported, *, threads: int = 1) -> Instance:
 
 def run_instance(instance: Instance, signature: Signature, inputs: np.ndarray, batch: int = 64) -> np.ndarray:
     """Outputs [n, ...] of the first output for endpoint inputs [n, ...]."""
-    name, answer = signature.inputs[0].name, signature.outputs[0].name
+    answer, batch = signature.outputs[0].name, step_of(signature, batch)
     parts = [
-        np.array(instance.run({name: np.ascontiguousarray(inputs[start : start + batch])})[answer])
+        np.array(instance.run(by_name(inputs[start : start + batch], signature))[answer])
         for start in range(0, len(inputs), batch)
     ]
     return np.concatenate(parts)

@@ -198,8 +198,8 @@ def int8_graph(
     """The int8 form of a float graph with at most `calibration.max_drop` of the metric lost in `runtime`.
 
     Returns:
-        The graph, and facts: "method", "pinned" (number of learned ranges in it), and of layers that went
-        back to float what `reverting.within` tells.
+        The graph, and facts: "method", "pinned" (number of learned ranges in it), "keep_float" (weighted
+        layers that stay in float), and of layers that went back to float what `reverting.within` tells.
     """
     facts: dict[str, Any] = {"method": calibration.method}
     if calibration.pinned:
@@ -209,6 +209,8 @@ def int8_graph(
             graph, task, calibration, runtime, lambda given: quantized_graph(graph, task, given, scheme)
         )
         facts |= told
+    if calibration.keep_float:
+        facts["keep_float"] = list(calibration.keep_float)
     return quantized_graph(graph, task, calibration, scheme), facts
 
 
