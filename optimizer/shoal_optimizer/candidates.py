@@ -2,111 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal_optimizer import evaluation, packing, recipe
-from shoal_optimizer.jobspec import JobSpec, ProfileClass
+from shoal_optimizer.jobspec import JobSpec
 from shoal_optimizer.jobstate import State, Voice
-from shoal_optimizer.meter import BundleRef, Figure
 from shoal_optimizer.recipe import Recipe
 from shoal_optimizer.search import space
+from shoal_optimizer.search.candidate import Candidate, Ground, Network, as_figure, variant_event
+from shoal_optimizer.search.failures import reason_of
 from shoal_optimizer.search.space import Export, Params
 from shoal_optimizer.targets.base import Calibration, Exported, find, load_exported
-from shoal_optimizer.task import Task, TaskData, load_module, save_module
+from shoal_optimizer.task import Task, load_module, save_module
 from shoal_protos.bundle import digest_of_file, open_bundle
 from shoal_protos.errors import ShoalError, Unsupported
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+__all__ = ["Candidate", "Ground", "Network", "Workshop", "as_figure", "variant_event"]
 
+log = logging.getLogger(__name__)
+
+OVERTIME, GRACE_SECONDS = 1.2, 5.0  # a training that takes longer than its time so far is given up
 _STEPS = {
     "channel_pruning": "prune",
     "weight_pruning": "prune",
+    "architecture": "prune",
     "distillation": "distil",
+    "quantization_aware": "distil",
     "quantization": "quantize",
 }
-
-
-@dataclass(frozen=True)
-class Network:
-    """A trained torch model that several exports share. `model` is None for ONNX tasks."""
-
-    recipe: Recipe  # its training part
-    model: nn.Module | None
-    seconds: float = 0.0
-    params: Params | None = None
-    notes: tuple[str, ...] = ()
-    threads: int = 1  # that trained it: other numbers add in another order, and bits differ
-
-    @property
-    def key(self) -> str:
-        return self.recipe.key[7:23]
-
-    @property
-    def plain(self) -> bool:
-        return not self.recipe.steps
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A packed export of a network with what this machine found out about it.
-
-    `accuracy` is on the task's evaluation data and `field_accuracy` on held-out data moved to the
-    field; both from the agent's runtime on this machine, None where it can't load the file.
-    """
-
-    key: str
-    name: str
-    network: str
-    bundle: str
-    layout: str
-    target: str
-    precision: str
-    recipe: tuple[Mapping[str, Any], ...]
-    classes: tuple[str, ...]
-    size_bytes: int
-    wire_bytes: int
-    plain: bool
-    accuracy: Figure | None = None
-    field_accuracy: Figure | None = None
-    int8_share: float | None = None
-    items: int = 0  # evaluation items behind `accuracy`
-    per_class: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # label -> (recall, n)
-
-    @property
-    def ref(self) -> BundleRef:
-        return BundleRef(self.bundle, Path(self.layout))
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Candidate:
-        values = dict(raw)
-        for name in ("accuracy", "field_accuracy"):
-            values[name] = Figure.from_json(values.get(name))
-        for name in ("recipe", "classes"):
-            values[name] = tuple(values[name])
-        found = values.get("per_class") or {}
-        values["per_class"] = {label: (float(recall), int(n)) for label, (recall, n) in found.items()}
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What networks are trained from and judged on: the task's own, or moved to the field."""
-
-    teacher: nn.Module | None = None  # None = the task's original
-    training: TaskData | None = None
-    augment: Callable[[Tensor], Tensor] | None = None
-    calibration: TaskData | None = None
-    field: TaskData | None = None  # held-out data that looks like the field
-    reference: packing.FieldReference | None = None
-    parent: str = ""
 
 
 class Workshop:
@@ -145,10 +73,15 @@ class Workshop:
             model = self.task.original if self.task.has_module else None
         return Network(space.PLAIN, model)
 
-    def train(self, wanted: Recipe, params: Params | None = None) -> Network:
+    def train(self, wanted: Recipe, params: Params | None = None, *, seconds: float | None = None) -> Network:
         """Applies the training part of a recipe, or reads what an earlier start of this job trained.
 
+        Args:
+            seconds: trainings are shortened to end in about this time; one that does not end by far is
+                given up.
+
         Raises:
+            Cancelled: the time was over and the training did not end.
             InvalidInput, Unsupported: the recipe can't be applied to this task.
         """
         trained = wanted.training
@@ -166,13 +99,16 @@ class Workshop:
                 params,
                 tuple(saved["notes"]),
                 saved.get("threads", 1),
+                saved.get("shortened", False),
             )
         else:
-            network = self._train(trained, params)
+            network = self._train(trained, params, seconds)
         self._models[key] = network
         return network
 
-    def _train(self, trained: Recipe, params: Params | None) -> Network:
+    def _train(self, trained: Recipe, params: Params | None, seconds: float | None) -> Network:
+        last = None if seconds is None else time.monotonic() + OVERTIME * seconds + GRACE_SECONDS
+
         def progress(step: str, share: float | None, message: str) -> None:
             self.voice.progress(_STEPS.get(step, step), share, f"{trained.name} {message}".strip())
 
@@ -184,10 +120,25 @@ class Workshop:
             augment=self.ground.augment,
             seed=self.spec.seed,
             progress=progress,
+            cancelled=None if last is None else lambda: time.monotonic() > last,
+            class_spec=self._special_class(trained),
+            seconds=seconds,
         )
-        network = Network(trained, applied.model, applied.seconds, params, applied.notes, _torch_threads())
+        shortened = any("time that is left" in note or "left out" in note for note in applied.notes)
+        network = Network(
+            trained, applied.model, applied.seconds, params, applied.notes, _torch_threads(), shortened
+        )
         self.remember(network)
         return network
+
+    def _special_class(self, trained: Recipe) -> Any:
+        """The class that an N:M pattern is made for; other steps are the same for every class."""
+        for step in trained.steps:
+            pattern = str(step.params.get("pattern", "unstructured"))
+            if pattern != "unstructured":
+                specs = [space.class_spec(c) for c in self.spec.classes]
+                return next((spec for spec in specs if spec.skips_zeros(pattern)), None)
+        return None
 
     def remember(self, network: Network) -> None:
         """Saves a trained network, so that no later start trains it again."""
@@ -195,7 +146,11 @@ class Workshop:
         path = self.folder / "work" / f"network-{network.key}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_module(network.model, partial)
+        try:
+            save_module(network.model, partial)
+        except BaseException:  # a full disk gets its room back
+            partial.unlink(missing_ok=True)
+            raise
         partial.replace(path)
         self.state.networks[network.key] = {
             "name": network.recipe.name,
@@ -205,6 +160,7 @@ class Workshop:
             "recipe": network.recipe.to_json(),
             "params": None if network.params is None else dict(network.params),
             "threads": network.threads,
+            "shortened": network.shortened,
         }
         self.state.save()
 
@@ -233,15 +189,18 @@ class Workshop:
         saved = self.state.candidates.get(key)
         if saved is not None:
             return Candidate.from_json(saved)
-        whole = space.complete(network.recipe, export.precision)
-        name = f"{whole.name}-{export.precision}-{export.target}"
+        whole = space.complete(network.recipe, export)
+        name = f"{whole.name}-{export.form}-{export.target}"
         self.voice.progress("quantize" if export.precision == "int8" else "convert", None, name)
         try:
             made = self._make(key, name, network, whole, export, items)
-        except ShoalError as error:
-            self.voice.progress("convert", None, f"{name} is left out: {error.message}")
+        except Exception as error:  # whatever one form lacks or breaks, the others are made
+            if not isinstance(error, ShoalError):
+                log.exception("%s failed", name)
+            reason = reason_of(error)
+            self.voice.progress("convert", None, f"{name} is left out: {reason}")
             self.leave_out(
-                name, "failed", error.message, recipe=whole.to_json(), target=export.target,
+                name, "failed", reason, recipe=whole.to_json(), target=export.target,
                 precision=export.precision,
             )  # fmt: skip
             return None
@@ -289,6 +248,7 @@ class Workshop:
             int8_share=exported.facts.get("int8_share"),
             items=judged.n if judged else 0,
             per_class=judged.per_class if judged else {},
+            quantizer=export.quantizer if export.precision != "fp32" else "",
         )
 
     def _calibration(self, network: Network, whole: Recipe) -> Calibration | None:
@@ -332,15 +292,19 @@ class Workshop:
         )
         partial = self.folder / "work" / f"pack-{name}"
         shutil.rmtree(partial, ignore_errors=True)  # from before a crash
-        packed = packing.pack(
-            exported,
-            self.task,
-            whole,
-            lineage,
-            partial,
-            name=f"{self.label} {name}",
-            field=self.ground.reference,
-        )
+        try:
+            packed = packing.pack(
+                exported,
+                self.task,
+                whole,
+                lineage,
+                partial,
+                name=f"{self.label} {name}",
+                field=self.ground.reference,
+            )
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return replace(packed, layout=self._settle_layout(partial, name, packed.digest))
 
     def _settle_layout(self, partial: Path, name: str, digest: str) -> Path:
@@ -381,25 +345,3 @@ def _torch_threads() -> int:
     import torch
 
     return torch.get_num_threads()
-
-
-def as_figure(score: evaluation.Score) -> Figure:
-    return Figure(score.value, score.low, score.high, score.n)
-
-
-def variant_event(
-    candidate: Candidate, classes: Mapping[str, ProfileClass], figures: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Fields of a `variant` line. `figures`: class -> accuracy, latency, memory, int8_share, source."""
-    return {
-        "bundle": candidate.bundle,
-        "layout": candidate.layout,
-        "name": candidate.name,
-        "target": candidate.target,
-        "precision": candidate.precision,
-        "recipe": [dict(step) for step in candidate.recipe],
-        "size_bytes": candidate.size_bytes,
-        "wire_bytes": candidate.wire_bytes,
-        "plain": candidate.plain,
-        "classes": {name: dict(figures[name]) for name in candidate.classes if name in classes},
-    }

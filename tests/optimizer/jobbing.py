@@ -14,7 +14,8 @@ from typing import Any
 from shoal_agent import bench
 from shoal_agent.runtimes.base import machine_isa
 from shoal_optimizer import jobspec
-from shoal_optimizer.meter import BundleRef, add_blob, link_store
+from shoal_optimizer.local_meter import add_blob, link_store
+from shoal_optimizer.meter import BundleRef
 from shoal_protos.v1 import desired_pb2
 
 Event = dict[str, Any]

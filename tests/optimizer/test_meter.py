@@ -12,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from shoal_optimizer.jobspec import ProfileClass
-from shoal_optimizer.meter import BundleRef, LocalMeter, Measurement, Meter, Pending, TrialMeter
+from shoal_optimizer.local_meter import LocalMeter
+from shoal_optimizer.meter import BundleRef, Measurement, Meter, Pending, TrialMeter
 from shoal_protos.bundle import BundleConfig, RuntimeNeed, Signature, TensorSpec, write_bundle
 from shoal_protos.errors import InvalidInput
 from shoal_protos.v1.telemetry_pb2 import Series, TrialResult

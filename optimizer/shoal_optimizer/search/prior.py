@@ -144,7 +144,8 @@ def named(quantizer: str) -> str:
         "static": "static INT8", "dynamic": "dynamic INT8", "percentile": "INT8 with percentile ranges",
         "entropy": "INT8 with entropy ranges", "aware": "INT8 with some layers in float",
     }  # fmt: skip
-    return plain.get(quantizer, quantizer.replace("_weights", " weights").upper().replace("WEIGHTS", "weights"))
+    precision = quantizer.partition("_")[0].upper()
+    return plain.get(quantizer, f"{precision} weights" if "_weights" in quantizer else precision)
 
 
 def tier_of(isa: Iterable[str]) -> str:

@@ -11,8 +11,10 @@ import numpy as np
 
 from shoal_optimizer.candidates import Candidate, Workshop, as_figure, variant_event
 from shoal_optimizer.evaluation import score
+from shoal_optimizer.inputs import by_name
 from shoal_optimizer.jobspec import JobSpec, ProfileClass
-from shoal_optimizer.meter import BundleRef, Figure, LocalMeter, Measurement, Meter, Pending
+from shoal_optimizer.local_meter import LocalMeter
+from shoal_optimizer.meter import BundleRef, Figure, Measurement, Meter, Pending
 from shoal_optimizer.objective import Choice, Objective
 from shoal_optimizer.search import fidelity, frontier
 from shoal_optimizer.search.fidelity import Figures
@@ -176,7 +178,7 @@ class Selection:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name("trial-inputs.partial.npz")
-            arrays: dict[str, Any] = {task.input.name: data.inputs}
+            arrays: dict[str, Any] = by_name(data.inputs, task.signature)
             np.savez_compressed(partial, **arrays)
             partial.replace(path)
         answer = self.fleet.measure(candidate.ref, profile_class, "outputs", dataset=path)
