@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -74,6 +75,8 @@ class Work:
     quantization: Calibration | None = None
     notes: tuple[str, ...] = ()
     class_spec: ClassSpec | None = None  # what it is made for; None = any class
+    ends: float | None = None  # time of `clock` at which all steps shall be done; None = take the time
+    clock: Callable[[], float] = time.monotonic
 
     @classmethod
     def start(
@@ -88,7 +91,10 @@ class Work:
         progress: Callable[[str, float | None, str], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         class_spec: ClassSpec | None = None,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Work:
+        """`seconds`: trainings are shortened so that all steps together end in this time."""
         from shoal_optimizer.techniques.masks import copied
 
         if teacher is None and task.has_module:
@@ -104,7 +110,13 @@ class Work:
             progress=progress or (lambda step, share, message: None),
             cancelled=cancelled or (lambda: False),
             class_spec=class_spec,
+            ends=None if seconds is None else clock() + seconds,
+            clock=clock,
         )
+
+    def seconds_left(self, share: float = 1.0) -> float | None:
+        """This share of the time that is left; None when there is no end."""
+        return None if self.ends is None else max(0.0, share * (self.ends - self.clock()))
 
     def note(self, text: str) -> Work:
         return replace(self, notes=(*self.notes, text))

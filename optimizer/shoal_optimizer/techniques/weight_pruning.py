@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shoal_optimizer.techniques import masks
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
-from shoal_optimizer.techniques.distillation import TrainingPlan, train
+from shoal_optimizer.techniques.training import TrainingPlan, train
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class WeightPruning(Technique):
             left_out: list[str] = []
         else:
             schedule, left_out = None, prune_n_of_m(model, params["pattern"], work)
+        notes: list[str] = []
         if params["epochs"]:
             plan = TrainingPlan(
                 seed=work.seed,
@@ -67,6 +68,8 @@ class WeightPruning(Technique):
                 progress=lambda share, message: work.progress(self.name, share, message),
                 checkpoint=work.checkpoint,
                 after_step=schedule,
+                note=notes.append,
+                seconds=work.seconds_left(),
             )
         elif schedule is not None:
             schedule(1.0)
@@ -75,6 +78,8 @@ class WeightPruning(Technique):
             f"weight pruning: {masks.zero_share(model):.1%} of the weights are zero, compressed weights "
             f"{before} -> {wire_bytes(model)} bytes; not faster on dense runtimes"
         )
+        for text in notes:
+            work = work.note(f"{self.name}: {text}")
         if left_out:
             work = work.note(f"not in the pattern {params['pattern']}: {', '.join(left_out)}")
         return work
