@@ -23,7 +23,7 @@ import numpy as np
 
 from shoal_agent import processor, runtimes
 from shoal_agent.runtimes.base import Instance, Options
-from shoal_agent.runtimes.golden import example_inputs, load_arrays
+from shoal_agent.runtimes.golden import example_inputs, load_arrays, one_by_one
 from shoal_agent.runtimes.tensors import Array, check_inputs
 from shoal_protos.bundle import Bundle, blob_path, digest_of_file, open_bundle
 from shoal_protos.errors import InvalidInput, ShoalError, Unsupported
@@ -277,12 +277,15 @@ def run_outputs(
     Raises:
         InvalidInput: inputs that don't fit the signature, or outputs beyond `max_bytes` (0 = no limit).
     """
-    count = check_inputs(bundle.config.signature, inputs)
+    signature = bundle.config.signature
+    single = any(spec.shape[:1] == (1,) for spec in signature.inputs)
+    step = 1 if single else _BATCH
+    count = check_inputs(one_by_one(signature) if single else signature, inputs)
     parts: list[dict[str, Array]] = []
     size = 0
     with runtimes.find(bundle.config.runtime.name).load(bundle, options) as instance:
-        for start in range(0, count, _BATCH):
-            stop = start + _BATCH
+        for start in range(0, count, step):
+            stop = start + step
             answer = instance.run(
                 {name: np.ascontiguousarray(value[start:stop]) for name, value in inputs.items()}
             )

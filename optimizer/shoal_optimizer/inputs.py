@@ -66,3 +66,19 @@ class Reader:
 def _is_file(value: Any) -> bool:
     """A path, or a Pillow image, recognised without importing Pillow."""
     return isinstance(value, (str, Path)) or (hasattr(value, "convert") and hasattr(value, "getbands"))
+
+
+def by_name(items: np.ndarray, signature: Signature) -> dict[str, np.ndarray]:
+    """Items [n, ...] as a runtime takes them: input's name -> [n, ...], contiguous.
+
+    A model of several inputs has its items in one structured array, a field an input.
+    """
+    if items.dtype.names is None:
+        return {signature.inputs[0].name: np.ascontiguousarray(items)}
+    return {name: np.ascontiguousarray(items[name]) for name in items.dtype.names}
+
+
+def step_of(signature: Signature, batch: int) -> int:
+    """Items that one request may carry: `batch`, or what the signature fixes."""
+    fixed = [spec.shape[0] for spec in signature.inputs if spec.shape and spec.shape[0] > 0]
+    return min([batch, *fixed])

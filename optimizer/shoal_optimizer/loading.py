@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from shoal_agent.runtimes.tensors import dtype_of
-from shoal_optimizer.data import Items, TaskData
-from shoal_optimizer.task import Task, TaskFiles
+from shoal_optimizer.onnx_task import OnnxTask as OnnxTask
+from shoal_optimizer.task import Task
 from shoal_protos.bundle import BoxRule, TensorSpec, digest_of, digest_of_file
-from shoal_protos.errors import InvalidInput, Unsupported
-
-if TYPE_CHECKING:
-    from torch import nn
+from shoal_protos.errors import InvalidInput
 
 MODULE_PREFIX = "shoal_task_"
-
-# onnx.TensorProto element types that have a protocol datatype.
-_ONNX_DATATYPES = {
-    1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64",
-    9: "BOOL", 10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64",
-}  # fmt: skip
 
 
 def load_python_task(path: Path) -> Task:
@@ -108,7 +96,8 @@ def check_declarations(task: Task) -> None:
             'Write input = TensorSpec("image", "UINT8", (-1, 32, 32, 3), "NHWC", 0, 255).',
         )
     dtype_of(spec.datatype)
-    if len(spec.shape) < 2 or spec.shape[0] != -1:
+    batches = (-1,) if task.has_module else (-1, 1)  # an ONNX file may insist on single items
+    if len(spec.shape) < min(2, 1 + task.has_module) or spec.shape[0] not in batches:
         raise InvalidInput(f"{kind}.input has shape {spec.shape}.", "Start with -1, the batch dimension.")
     for field, value, known in (
         ("input_kind", task.input_kind, ("image", "audio", "series", "tensor")),
@@ -177,150 +166,12 @@ def _check_boxes(task: Task) -> None:
         )
 
 
-class OnnxTask(Task):
-    """An ONNX file and an `.npz` with arrays `inputs` and `targets`: converted and quantized, not trained.
+def load_onnx_task(path: Path, data: Path | None, weights: Path | None = None) -> OnnxTask:
+    """An ONNX task of a user's file, or of what an ingest stored of it.
 
-    Optional arrays: `labels` (text), `calibration` (inputs). Without it half of the items calibrate
-    and the other half evaluate.
+    Raises:
+        InvalidInput: the ONNX or its data cannot be read, or do not fit each other.
     """
-
-    def __init__(self, path: Path, data: Path | None) -> None:
-        self.source = path
-        self.directory = path.parent
-        self._data_file = data or path.with_suffix(".npz")
-        self._declare()
-
-    @property
-    def onnx_file(self) -> Path:
-        return self.stored_weights or self.source
-
-    @property
-    def label(self) -> str:
-        return self.source.stem
-
-    @property
-    def has_module(self) -> bool:
-        return False
-
-    @cached_property
-    def original(self) -> nn.Module:
-        raise Unsupported(
-            f"{self.source.name} is an ONNX file: it cannot be pruned or trained.",
-            "Push a Python task with the torch module to prune and distil.",
-        )
-
-    def _declare(self) -> None:
-        import onnx
-
-        try:
-            graph = onnx.load(str(self.onnx_file)).graph
-        except Exception as error:
-            raise InvalidInput(
-                f"{self.source.name} is no ONNX model: {error}.", "Export it again."
-            ) from error
-        constants = {item.name for item in graph.initializer}
-        inputs = [item for item in graph.input if item.name not in constants]
-        if len(inputs) != 1 or len(graph.output) != 1:
-            raise InvalidInput(
-                f"{self.source.name} has {len(inputs)} inputs and {len(graph.output)} outputs.",
-                "Export a model with one of each.",
-            )
-        self.input = _spec(inputs[0])  # type: ignore[misc]
-        stored = self._arrays()
-        targets = stored["targets"]
-        self.output = _spec(graph.output[0])  # type: ignore[misc]
-        if targets.ndim == 1 and targets.dtype.kind in "iu":
-            self.output_kind = "logits"  # type: ignore[misc]
-        elif targets.ndim == 3 and targets.shape[-1] == 5 and "labels" in stored:
-            self.output_kind = "boxes"  # type: ignore[misc]
-        # Images are recognised by their channels only where they come last; else any tensor will do.
-        image = len(self.input.shape) == 4 and self.input.shape[-1] in (1, 3, 4)
-        self.input_kind = "image" if image else "tensor"  # type: ignore[misc]
-        if "labels" in stored:
-            self.labels = tuple(str(name) for name in stored["labels"])  # type: ignore[misc]
-
-    def _arrays(self) -> dict[str, np.ndarray]:
-        try:
-            with np.load(self._data_file, allow_pickle=False) as stored:
-                arrays = dict(stored)
-        except (OSError, ValueError) as error:
-            raise InvalidInput(
-                f"The data file '{self._data_file.name}' of {self.source.name} cannot be read: {error}.",
-                "Put an .npz of the same name beside the ONNX file, with arrays `inputs` and `targets`.",
-            ) from error
-        if "evaluation:inputs" in arrays:  # what `save_data` wrote
-            return {
-                "inputs": arrays["evaluation:inputs"],
-                "targets": arrays["evaluation:targets"],
-                "calibration": arrays["calibration:inputs"],
-            }
-        missing = [name for name in ("inputs", "targets") if name not in arrays]
-        if missing:
-            raise InvalidInput(f"'{self._data_file.name}' lacks the array '{missing[0]}'.", "Add it.")
-        return arrays
-
-    def evaluation(self) -> Items:
-        stored = self._arrays()
-        start = 0 if "calibration" in stored else len(stored["inputs"]) // 2
-        return stored["inputs"][start:], stored["targets"][start:]  # type: ignore[return-value]
-
-    def calibration(self) -> Items:
-        stored = self._arrays()
-        inputs = stored.get("calibration", stored["inputs"][: len(stored["inputs"]) // 2])
-        return inputs, np.zeros(len(inputs), np.int64)  # type: ignore[return-value]
-
-    def _load_split(self, split: str) -> TaskData | None:
-        kept, self.stored_data = self.stored_data, None  # `_arrays` reads both layouts
-        try:
-            return super()._load_split(split)
-        finally:
-            self.stored_data = kept
-
-    def predict(self, model: Any, inputs: np.ndarray, batch: int = 256) -> np.ndarray:
-        """Outputs of the ONNX file itself; `model` is ignored, since there is no torch module."""
-        import onnxruntime
-
-        def forward() -> np.ndarray:
-            session = onnxruntime.InferenceSession(str(self.onnx_file), providers=["CPUExecutionProvider"])
-            name = session.get_inputs()[0].name
-            fixed = session.get_inputs()[0].shape[0]
-            step = fixed if isinstance(fixed, int) else batch
-            parts = [session.run(None, {name: inputs[i : i + step]})[0] for i in range(0, len(inputs), step)]
-            return np.concatenate(parts)
-
-        return self.guard("model", forward)
-
-    def _probe_outputs(self) -> np.ndarray:
-        return self.predict(None, self.required("evaluation").inputs[:2])
-
-    def save(self, directory: Path, model: nn.Module | None = None) -> TaskFiles:
-        directory.mkdir(parents=True, exist_ok=True)
-        files = TaskFiles(directory / "weights.onnx", directory / "data.npz")
-        files.weights.write_bytes(self.onnx_file.read_bytes())
-        self.save_data(files.data)
-        return files
-
-    @cached_property
-    def weights_digest(self) -> str:
-        return digest_of_file(self.onnx_file)
-
-
-def load_onnx_task(path: Path, data: Path | None) -> OnnxTask:
-    """Raises InvalidInput when the ONNX or its data cannot be read."""
-    task = OnnxTask(path, data)
+    task = OnnxTask(path, data, weights)
     check_declarations(task)
     return task
-
-
-def _spec(value: Any) -> TensorSpec:
-    tensor = value.type.tensor_type
-    datatype = _ONNX_DATATYPES.get(tensor.elem_type)
-    if datatype is None:
-        raise InvalidInput(f"'{value.name}' has an unusual element type.", "Use a plain number type.")
-    dims = [dim.dim_value or -1 for dim in tensor.shape.dim]
-    if len(dims) < 2 or dims[0] != -1 or -1 in dims[1:]:
-        raise InvalidInput(
-            f"'{value.name}' has shape {dims}.",
-            "Export with a dynamic batch dimension first and fixed others.",
-        )
-    return TensorSpec(value.name, datatype, tuple(dims))

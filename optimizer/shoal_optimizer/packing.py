@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_optimizer.inputs import by_name
 from shoal_optimizer.lineage import lineage_of, tool_versions
 from shoal_optimizer.targets.base import Exported, load_twin, run_instance
 from shoal_protos.bundle import (
@@ -138,10 +139,10 @@ def golden_cases(exported: Exported, task: Task, instance: Any) -> tuple[bytes, 
     if margin is not None:
         chosen = np.sort(np.argsort(-margin, kind="stable")[: max(len(outputs) // 2, GOLDEN_CASES)])
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(GOLDEN_CASES, len(chosen))).astype(int)]
-    spec, answer = exported.signature.inputs[0], exported.signature.outputs[0]
+    answer = exported.signature.outputs[0]
     stream = io.BytesIO()
     arrays: dict[str, Any] = {
-        f"input:{spec.name}": data.inputs[chosen],
+        **{f"input:{n}": v for n, v in by_name(data.inputs[chosen], exported.signature).items()},
         f"output:{answer.name}": outputs[chosen],
     }
     np.savez_compressed(stream, **arrays)
@@ -183,6 +184,8 @@ def drift_reference(
     from shoal_agent.telemetry.sketches import sketch
 
     spec, signature = exported.signature.inputs[0], exported.signature
+    # The first input is watched, as devices do.
+    inputs, clean_inputs = (by_name(items, signature)[spec.name] for items in (inputs, clean_inputs))
     if reference is None:
         reference = sketch(signature.input_kind, inputs, spec.low, spec.high)
     threshold = (signature.boxes or BoxRule()).score_threshold

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_optimizer.inputs import by_name
 from shoal_protos.errors import MissingExtra, Unsupported
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def layer_times(task: Task, *, seconds: float = SECONDS) -> list[Operation]:
     from shoal_optimizer.targets.onnx import float_graph
 
     graph = float_graph(task.original if task.has_module else None, task)
-    item = {task.signature.inputs[0].name: task.required("evaluation").inputs[:1]}
+    item = by_name(task.required("evaluation").inputs[:1], task.signature)
     with tempfile.TemporaryDirectory(prefix="shoal-profile-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(graph)

@@ -450,7 +450,7 @@ def load_task(
     path = Path(path).resolve()
     if not path.is_file():
         raise InvalidInput(f"There is no task file '{path}'.", "Check the path; `shoal task new` makes one.")
-    task = load_onnx_task(path, data) if path.suffix == ".onnx" else load_python_task(path)
+    task = load_onnx_task(path, data, weights) if path.suffix == ".onnx" else load_python_task(path)
     task.seed = seed
     task.stored_weights, task.stored_data = weights, data
     return task
