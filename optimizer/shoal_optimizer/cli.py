@@ -10,39 +10,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from shoal_optimizer import jobspec, objective
+from shoal_optimizer import objective, replay
+from shoal_optimizer.cli_classes import machine_classes
+from shoal_optimizer.cli_jobs import one, run_job
+from shoal_optimizer.cli_show import Follower, say, show, show_replay, shown, stderr
 from shoal_optimizer.jobspec import ProfileClass
 from shoal_optimizer.jobstate import write_atomic
-from shoal_protos.errors import Conflict, InvalidInput, ShoalError
+from shoal_optimizer.reporting import facts
+from shoal_protos.errors import Conflict, InvalidInput
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-EXIT_INTERRUPTED = 130
-GRACE_SECONDS = 5.0
+EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 130
 SCRATCH = ".shoal"
-_ISA = {
-    "avx2": ("avx2",),
-    "avxvnni": ("avx2", "avx_vnni"),
-    "avx512": ("avx2", "avx512f", "avx512bw", "avx512vl"),
-    "avx512vnni": ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
-    "amx": ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"),
-    "neon": ("neon",),
-    "dotprod": ("neon", "dotprod"),
-    "i8mm": ("neon", "dotprod", "i8mm"),
-}
+__all__ = ["machine_classes", "optimize", "optimize_command", "replay_variant"]
 
 
 def optimize_command(
-    task: Annotated[Path, typer.Argument(help="A task file (.py), or an ONNX file with its .npz.")],
+    task: Annotated[
+        Path | None,
+        typer.Argument(help="A task file (.py), or an ONNX file with its .npz.", show_default=False),
+    ] = None,
     objective_text: Annotated[
         str, typer.Option("--objective", help='"accuracy>=0.97, latency_p95<=5ms; minimise size".')
     ] = "",
@@ -63,12 +55,23 @@ def optimize_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds, whatever the other options say.")
     ] = False,
+    replay_report: Annotated[
+        Path | None,
+        typer.Option("--replay", help="A report.json: make a variant of it again and compare every byte."),
+    ] = None,
+    variant: Annotated[
+        str, typer.Option("--variant", help="Which one to make again. Default: the chosen one.")
+    ] = "",
 ) -> None:
     """Compresses and converts a model for this machine and keeps what is worth keeping.
 
     Example: shoal optimize examples/digits.py --objective "accuracy>=0.97; minimise size"
     """
-    console = _stderr()
+    if replay_report is not None:
+        raise typer.Exit(_replay(replay_report, task, variant, out, as_json=as_json))
+    if task is None:
+        raise InvalidInput("No task is named.", "Give a task file, or --replay with a report.json.")
+    console = stderr()
     follower = Follower(console)
     target = (out or Path(f"{task.stem}-optimized")).resolve()
     try:
@@ -85,11 +88,84 @@ def optimize_command(
         )
     except KeyboardInterrupt:
         follower.close()
-        _say(console, f"Stopped. Nothing is lost: go on with the same command and --out {out or target.name}")
+        say(console, f"Stopped. Nothing is lost: go on with the same command and --out {out or target.name}")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         follower.close()
     show(result, as_json=as_json, console=console)
+
+
+def _replay(report: Path, task: Path | None, variant: str, out: Path | None, *, as_json: bool) -> int:
+    """Makes a variant again; 0 = every byte is equal."""
+    console = stderr()
+    follower = Follower(console)
+    try:
+        result = replay_variant(report, task=task, variant=variant, out=out, follow=follower)
+    except KeyboardInterrupt:
+        follower.close()
+        say(console, "Stopped. The same command starts again.")
+        return EXIT_INTERRUPTED
+    finally:
+        follower.close()
+    show_replay(result, as_json=as_json, console=console)
+    return 0 if result["equal"] else EXIT_DIFFERENT
+
+
+def replay_variant(
+    report: Path,
+    *,
+    task: Path | None = None,
+    variant: str = "",
+    out: Path | None = None,
+    follow: Callable[[Mapping[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Makes a variant of a report again, in a job of its own, and compares it.
+
+    Args:
+        task: the task file; None = where the report says it lay, seen from the report.
+        variant: a name or the start of a digest; "" = the chosen one.
+        out: folder for the bundle; None = `replayed-NAME` beside the report.
+
+    Returns:
+        As `replay.Verdict.to_json`, with "layout" (of the bundle made) and "out".
+
+    Raises:
+        InvalidInput, NotFound: the report, the variant or the task file is not there.
+        Conflict: the task's data are not those of the report, or `out` is in use.
+        ShoalError: it cannot be made here.
+    """
+    data = replay.read(report)
+    order = replay.order(data, variant)
+    if task is None:
+        path = order.lineage.get("task_path")
+        if not path:
+            raise InvalidInput("The report does not say where its task lies.", "Name the task file as well.")
+        task = report.parent / str(path)
+    task = task.resolve()
+    if not task.is_file():
+        raise InvalidInput(f"There is no task file '{task}'.", "Name the task file as well.")
+    target = (out or report.parent / f"replayed-{order.variant['name']}").resolve()
+    scratch = target / SCRATCH / "replay"
+    if target.exists() and any(target.iterdir()) and not (target / SCRATCH).is_dir():
+        raise Conflict(f"{target} exists and is not a replay's folder.", "Use another --out.")
+    shutil.rmtree(scratch, ignore_errors=True)  # made again means from the start
+    spec = {
+        "kind": "replay",
+        "id": "replay",
+        "seed": order.lineage["seed"],
+        "threads": order.threads,
+        "source": str(task.parent),
+        "task": task.name,
+        "version": {"model": order.lineage.get("model", ""), "number": order.lineage.get("version", 0)},
+        "replay": order.to_json(),
+        "budget": {"minutes": 60},
+    }
+    found = one(run_job(scratch, spec, follow), "replayed")
+    result = {name: value for name, value in found.items() if name != "event"}
+    shutil.rmtree(target / "bundles", ignore_errors=True)
+    result["layout"] = str(_place(target, Path(found["layout"])))
+    write_atomic(target / "replay.json", json.dumps(result, indent=1).encode())
+    return {**result, "out": str(target)}
 
 
 # ---------------------------------------------------------------------------- the work
@@ -141,14 +217,14 @@ def optimize(
         "classes": settings["classes"],
     }
     budget = {"minutes": settings["minutes"], "trials": 0}  # no fleet: this machine measures
-    ingested = _one(
+    ingested = one(
         run_job(
             out / SCRATCH / "ingest", {**base, "kind": "ingest", "id": "ingest", "budget": budget}, follow
         ),
         "ingested",
     )
     files = ingested["files"]
-    done = _one(
+    done = one(
         run_job(
             out / SCRATCH / "optimize",
             {**base, "kind": "optimize", "id": "optimize", "budget": budget, **files},
@@ -157,51 +233,6 @@ def optimize(
         "done",
     )
     return _lay_out(out, settings, ingested, done)
-
-
-def machine_classes(names: Sequence[str], isa: Sequence[str] = ()) -> list[ProfileClass]:
-    """The named classes, or this machine's with every runtime it has.
-
-    Raises:
-        InvalidInput: a class without a runtime, of an unknown kind, or no runtime is installed here.
-    """
-    from shoal_agent import profile
-
-    machine = profile.measure()
-    own = profile.class_of(machine)
-    hardware = own.partition("+")[0]
-    versions = {runtime.name: runtime.version for runtime in machine.runtimes}
-    if not names and not versions:
-        raise InvalidInput(
-            "No runtime is installed on this machine.", "Install one with: pip install 'shoal[onnxruntime]'"
-        )
-    found = []
-    for name in names or [own]:
-        kind, _, runtimes = name.partition("+")
-        wanted = [part for part in runtimes.split("+") if part]
-        if not wanted:
-            raise InvalidInput(f"The class '{name}' names no runtime.", f"Write it like {own}.")
-        same = kind == hardware and not isa
-        features = tuple(machine.isa_features) if same else tuple(isa) or _features(kind, name)
-        found.append(
-            ProfileClass(
-                name,
-                features,
-                {runtime: versions.get(runtime, "") for runtime in wanted},
-                local=same and set(wanted) <= set(versions),
-            )
-        )
-    return found
-
-
-def _features(hardware: str, name: str) -> tuple[str, ...]:
-    tier = hardware.split(".")[1] if "." in hardware else ""
-    if tier not in _ISA and tier != "base":
-        raise InvalidInput(
-            f"The class '{name}' has an unknown instruction set '{tier}'.",
-            f"Known are {', '.join(_ISA)}; or name the features with --isa.",
-        )
-    return _ISA.get(tier, ())
 
 
 def _as_json(profile_class: ProfileClass) -> dict[str, Any]:
@@ -240,76 +271,6 @@ def _agree(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
     return settings
 
 
-def run_job(
-    folder: Path, spec: Mapping[str, Any], follow: Callable[[Mapping[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """Runs one job to its end and returns its events, progress left out. A finished one isn't run again.
-
-    Raises:
-        ShoalError: the job said `error`, or died.
-    """
-    finished = folder / "events.json"
-    if finished.is_file():
-        kept: list[dict[str, Any]] = json.loads(finished.read_bytes())
-        return kept
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "job.json", json.dumps(spec, indent=1).encode())
-    events = []
-    for event in _events(folder):
-        follow(event)
-        if event["event"] == "error":
-            raise ShoalError(event["message"], event["remedy"])
-        if event["event"] != "progress":
-            events.append(event)
-    write_atomic(finished, json.dumps(events).encode())
-    return events
-
-
-def _events(folder: Path) -> Iterator[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    with (folder / "log.txt").open("ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "shoal_optimizer.jobs", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                yield jobspec.parse_event(line.decode())
-            code = child.wait()
-        finally:
-            _end(child)
-    if code not in (0, 1):
-        raise ShoalError(
-            f"The {folder.name} job ended with code {code}.",
-            f"Look into {folder / 'log.txt'}, then try again.",
-        )
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    if child.stdout is not None:
-        child.stdout.close()
-
-
-def _one(events: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    for event in events:
-        if event["event"] == name:
-            return event
-    raise ShoalError(f"The job ended without saying '{name}'.", "Remove the --out folder and start again.")
-
-
 # ---------------------------------------------------------------------------- results
 
 
@@ -317,24 +278,63 @@ def _lay_out(
     out: Path, settings: Mapping[str, Any], ingested: Mapping[str, Any], done: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Puts kept bundles and the report where people look, and returns the result."""
+    report = json.loads(Path(done["report"]["json"]).read_bytes())
+    reported = {entry["name"]: entry for entry in report["classes"]}
     classes = []
     for name, front in done["fronts"].items():
         entries = [{**entry, "layout": str(_place(out, Path(entry["layout"])))} for entry in front]
         choice = done["choice"].get(name)
+        original = facts.original(reported[name])
+        entries = [{**entry, "against_original": against(entry, original)} for entry in entries]
         chosen = next((e for e in entries if choice and e["bundle"] == choice["bundle"]), None)
-        serve = f"shoal-agent serve {_shown(Path(chosen['layout']))}" if chosen else ""
-        classes.append({"name": name, "front": entries, "choice": choice, "serve": serve})
-    for kind, path in done["report"].items():
-        shutil.copyfile(path, out / f"report.{kind}")
-    report = json.loads((out / "report.json").read_bytes())
+        serve = f"shoal-agent serve {shown(Path(chosen['layout']))}" if chosen else ""
+        classes.append(
+            {
+                "name": name,
+                "front": entries,
+                "choice": choice,
+                "original": None if original is None else _original(original),
+                "serve": serve,
+            }
+        )
+    shutil.copyfile(done["report"]["html"], out / "report.html")
+    # Seen from the report, so that a folder can be moved as a whole.
+    report["lineage"]["task_path"] = os.path.relpath(settings["task"], out)
+    write_atomic(out / "report.json", json.dumps(report, indent=1, sort_keys=True).encode())
     return {
         "model": report["model"],
+        "metric": report["metric"],
         "objective": settings["objective"],
         "sentence": report["sentence"],
         "baseline": {k: v for k, v in ingested["baseline"].items() if k != "per_class"},
         "classes": classes,
         "report": {kind: str(out / f"report.{kind}") for kind in done["report"]},
         "out": str(out),
+    }
+
+
+def _original(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What everything is compared with, as an entry of a front."""
+    return {
+        "name": row["name"],
+        "accuracy": facts.value(row, "accuracy"),
+        "latency_p50_ms": facts.value(row, "latency_p50"),
+        "latency_p95_ms": facts.value(row, "latency_p95"),
+        "size_bytes": row["size_bytes"],
+        "memory_bytes": facts.value(row, "memory"),
+    }
+
+
+def against(entry: Mapping[str, Any], original: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """How many times smaller and faster an entry is than the original, and what its metric gained."""
+    if original is None:
+        return {"smaller": None, "faster": None, "accuracy": None}
+    base = _original(original)
+    both = entry["accuracy"] is not None and base["accuracy"] is not None
+    return {
+        "smaller": facts.ratio(base["size_bytes"], entry["size_bytes"]),
+        "faster": facts.ratio(base["latency_p50_ms"], entry["latency_p50_ms"]),
+        "accuracy": entry["accuracy"] - base["accuracy"] if both else None,
     }
 
 
@@ -352,137 +352,3 @@ def _place(out: Path, layout: Path) -> Path:
             shutil.copytree(layout, partial)
         partial.replace(target)
     return target
-
-
-def _shown(path: Path) -> str:
-    """The path as one would type it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def show(result: Mapping[str, Any], *, as_json: bool, console: Console) -> None:
-    """Prints a result: JSON if asked, a table on a terminal, tab-separated text when piped."""
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        return
-    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    if terminal:
-        _print_tables(result)
-    else:
-        _print_rows(result)
-    for entry in result["classes"]:
-        if entry["choice"] is None:
-            _say(console, f"{entry['name']}: nothing could be exported for this class.")
-            continue
-        _say(console, entry["choice"]["sentence"])
-        _say(console, f"Serve it with: {entry['serve']}")
-    _say(console, f"Report: {_shown(Path(result['report']['html']))}")
-
-
-def _cells(entry: Mapping[str, Any]) -> list[str]:
-    return [
-        objective.show("accuracy", entry["accuracy"]),
-        objective.show("latency_p50", entry["latency_p50_ms"]),
-        objective.show("latency_p95", entry["latency_p95_ms"]),
-        objective.show("size", float(entry["size_bytes"])),
-        objective.show("memory", entry["memory_bytes"]),
-    ]
-
-
-def _print_tables(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=sys.stdout, highlight=False)
-    for entry in result["classes"]:
-        table = Table(title=entry["name"], title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
-        table.add_column("candidate", no_wrap=True)
-        for name in ("accuracy", "p50", "p95", "size", "memory"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in entry["front"]:
-            chosen = entry["choice"] is not None and row["bundle"] == entry["choice"]["bundle"]
-            table.add_row("✔" if chosen else "", row["name"], *_cells(row), style="bold" if chosen else "")
-        console.print(table)
-
-
-def _print_rows(result: Mapping[str, Any]) -> None:
-    names = ["class", "name", "chosen", "accuracy", "latency_p50_ms", "latency_p95_ms", "size_bytes"]
-    names += ["memory_bytes", "layout"]
-    lines = ["\t".join(names)]
-    for entry in result["classes"]:
-        for row in entry["front"]:
-            chosen = entry["choice"] is not None and row["bundle"] == entry["choice"]["bundle"]
-            values = {**row, "class": entry["name"], "chosen": "yes" if chosen else "no"}
-            lines.append("\t".join("" if values[n] is None else str(values[n]) for n in names))
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-# ---------------------------------------------------------------------------- progress
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(file=sys.stderr, highlight=False)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
-
-
-class Follower:
-    """Shows a job's progress: one bar on a terminal, a line for each new step when piped."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Any = None
-        self._task: Any = None
-        self._last = ""
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        if event["event"] == "variant":
-            self._note(f"made {event['name']}, {objective.show('size', float(event['size_bytes']))}")
-        elif event["event"] == "ingested":
-            base = event["baseline"]
-            interval = f"{base['low']:.3f} to {base['high']:.3f}"
-            self._note(f"the original: {event['metric']} {base['value']:.4g} ({interval})")
-        elif event["event"] == "progress":
-            self._progress(event["step"], event["share"], event["message"])
-
-    def _note(self, text: str) -> None:
-        _say(self._bar.console if self._bar is not None else self._console, text)
-
-    def _progress(self, step: str, share: float | None, message: str) -> None:
-        if not self._console.is_terminal:
-            if step != self._last:
-                self._last = step
-                _say(self._console, f"{step}: {message}" if message else step)
-            return
-        if self._bar is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description:<9}"),
-                BarColumn(bar_width=24),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[message]}", markup=False),
-                console=self._console,
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(step, total=1.0, message="")
-        self._bar.update(
-            self._task,
-            description=step,
-            message=message,
-            total=None if share is None else 1.0,
-            completed=share or 0.0,
-        )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

@@ -9,7 +9,9 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +71,7 @@ def of_job(task: Task, spec: JobSpec, weights_digest: str) -> dict[str, Any]:
         "data": task.data_digest,
         "weights": weights_digest,
         "weights_content": weights_content(task),
-        "tools": {"python": platform.python_version(), **tool_versions()},
+        "tools": {"python": platform.python_version(), **tool_versions(), "the optimizer's code": code()},
         "machine": machine(),
     }
 
@@ -97,6 +99,16 @@ def machine() -> dict[str, Any]:
 
     found = profile.measure([])
     return {"cpu": found.cpu_model, "isa": sorted(found.isa_features), "cores": found.cores}
+
+
+@cache
+def code() -> str:
+    """Digest (12 hex digits) of this package's files: two checkouts of one version may differ."""
+    home = Path(__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(home.rglob("*.py")):
+        found.update(f"{path.relative_to(home)} ".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def tool_versions() -> dict[str, str]:

@@ -90,7 +90,8 @@ def render(data: Mapping[str, Any]) -> str:
     )
     environment.filters.update(
         figure=text.figure, spread=spread, percent=text.percent, points=text.points, times=text.times,
-        number=text.number, when=text.when, ago=text.seconds, step=text.step, predicted=predicted, context=context, lost=lost,
+        number=text.number, when=text.when, ago=text.seconds, step=text.step, predicted=predicted,
+        context=context, lost=lost,
     )  # fmt: skip
     environment.filters["metric_of"] = lambda value, metric: show(metric, value)
     metric = str(data.get("metric", "accuracy"))
