@@ -36,7 +36,7 @@ class Knowledge:
     def __init__(self, latency: LatencyTable | None = None, priors: PriorTable | None = None) -> None:
         self.latency = latency or LatencyTable()
         self.priors = priors or PriorTable()
-        self.learned_latency = LatencyTable()
+        self.learned_latency = self.latency.later()
         self.learned_priors = PriorTable()
 
     @classmethod

@@ -102,8 +102,9 @@ def features_of(found: Iterable[Kernel]) -> dict[str, tuple[float, ...]]:
 class LatencyTable:
     """Measurements with what follows from them. `observe` changes the table and returns it."""
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, rows: Iterable[Row] = (), after: int = 0) -> None:
         self._rows = _bounded(rows)
+        self._after = after
         self._fits: dict[tuple[str, str], _Fit | None] = {}
 
     def __len__(self) -> int:
@@ -158,6 +159,10 @@ class LatencyTable:
         """A table with the measurements of both; of more than are kept, the latest."""
         return LatencyTable([*self._rows, *other._rows])
 
+    def later(self) -> LatencyTable:
+        """An empty table whose measurements, merged into this one, count as made after its own."""
+        return LatencyTable(after=self._next - 1)
+
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION, "rows": [row.to_json() for row in self._rows]}
 
@@ -179,7 +184,7 @@ class LatencyTable:
 
     @property
     def _next(self) -> int:
-        return 1 + max((row.order for row in self._rows), default=0)
+        return 1 + max((row.order for row in self._rows), default=self._after)
 
     def _add(self, rows: Iterable[Row]) -> LatencyTable:
         self._rows = _bounded([*self._rows, *rows])
