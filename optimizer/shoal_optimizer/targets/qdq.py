@@ -135,22 +135,23 @@ def shield(graph: bytes, layers: Sequence[str]) -> tuple[bytes, list[str]]:
                 f"'{name}' is no convolution or matrix product of this model.",
                 f"keep_float takes names of {', '.join(weighted_nodes(graph)[:6])}...",
             )
-        kept += [name, _shield(model.graph, node)]
+        made = _shield(model.graph, node)
+        kept += [name, made.name, *_sum_after(model.graph, made)]
     content: bytes = model.SerializeToString()
     return content, kept
 
 
-def _shield(graph: Any, node: Any) -> str:
-    """Puts the LeakyRelu behind one node and gives its name."""
+def _shield(graph: Any, node: Any) -> Any:
+    """Puts the LeakyRelu behind one node and gives it."""
     import onnx
 
     output = node.output[0]
-    readers = [other for other in graph.node if output in other.input]
+    readers = _readers(graph, output)
     exposed = any(item.name == output for item in graph.output)
     if len(readers) == 1 and readers[0].op_type == "Relu" and not exposed:
         readers[0].op_type = "LeakyRelu"
         readers[0].attribute.append(onnx.helper.make_attribute("alpha", 0.0))
-        return str(readers[0].name)
+        return readers[0]
     node.output[0] = output + SHIELD
     shape = next((item for item in graph.value_info if item.name == output), None)
     if shape is not None:
@@ -160,4 +161,42 @@ def _shield(graph: Any, node: Any) -> str:
     place = next(index for index, other in enumerate(graph.node) if other.name == node.name)
     made = onnx.helper.make_node("LeakyRelu", [node.output[0]], [output], node.name + SHIELD, alpha=1.0)
     graph.node.insert(place + 1, made)
-    return str(made.name)
+    return made
+
+
+def _sum_after(graph: Any, node: Any) -> list[str]:
+    """The residual sum that alone reads a node's output: it is fused into the layer, and goes with it."""
+    readers = _readers(graph, node.output[0])
+    return [readers[0].name] if len(readers) == 1 and readers[0].op_type == "Add" else []
+
+
+def _readers(graph: Any, tensor: str) -> list[Any]:
+    return [node for node in graph.node if tensor in node.input]
+
+
+def next_layers(graph: bytes) -> dict[str, tuple[str, ...]]:
+    """Weighted layer -> the weighted layers that read what it wrote, through whatever is between.
+
+    A tensor between two layers is only in float when its writer and all its readers are.
+    """
+    import onnx
+
+    proto = onnx.load_from_string(graph).graph
+    readers: dict[str, list[Any]] = {}
+    for node in proto.node:
+        for name in set(node.input):
+            readers.setdefault(name, []).append(node)
+    layers, reached = set(weighted_nodes(graph)), dict[str, tuple[str, ...]]()
+
+    def after(node: Any) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        for reader in (reader for name in node.output for reader in readers.get(name, ())):
+            if reader.name in layers:
+                found[reader.name] = None
+            else:
+                found.update(dict.fromkeys(reached.get(reader.name, ())))
+        return tuple(found)
+
+    for node in reversed(proto.node):  # readers come after writers in ONNX graphs
+        reached[node.name] = after(node)
+    return {name: reached[name] for name in weighted_nodes(graph)}

@@ -60,10 +60,23 @@ class Reverted:
 Measure = Callable[[tuple[str, ...]], Figures]
 
 
-def units_of(layers: Sequence[str], most: int = MOST_UNITS) -> list[tuple[str, ...]]:
-    """Layers in graph order, one by one or, where there are more than `most`, in runs of neighbours."""
-    parts = np.array_split(np.arange(len(layers)), max(1, min(len(layers), most)))
-    return [tuple(layers[place] for place in part) for part in parts if len(part)]
+def units_of(
+    layers: Sequence[str], after: Mapping[str, Sequence[str]], most: int = MOST_UNITS
+) -> list[tuple[str, ...]]:
+    """What may go back to float together: each layer, and each layer with all that read what it wrote
+    (only then the tensor between them is in float). Networks with more than `most` layers: runs of
+    neighbours instead.
+    """
+    if len(layers) > most:
+        parts = np.array_split(np.arange(len(layers)), most)
+        return [tuple(layers[place] for place in part) for part in parts]
+    known = set(layers)
+    units: list[tuple[str, ...]] = [(name,) for name in layers]
+    for name in layers:
+        readers = tuple(reader for reader in after.get(name, ()) if reader in known)
+        if readers:
+            units.append((name, *readers))
+    return units
 
 
 def ranked(int8: Figures, alone: Mapping[tuple[str, ...], Figures]) -> list[tuple[str, ...]]:
@@ -92,23 +105,51 @@ def chosen(
         Unsupported: that would be every layer.
     """
     alone = {unit: measure(unit) for unit in units}
-    kept: tuple[str, ...] = ()
-    now, steps = int8, list[Reverted]()
+    every = {layer for unit in units for layer in unit}
+    taken: list[tuple[str, ...]] = []
+    now = int8
     for unit in ranked(int8, alone):
         if float_value - now.value <= max_drop:
-            return steps
-        then = alone[unit] if not kept else measure((*kept, *unit))
-        if then.value < now.value and then.error >= now.error:
+            break
+        added = tuple(layer for layer in unit if layer not in _all(taken))
+        if not added:
+            continue
+        then = measure((*_all(taken), *added))
+        if then.value < now.value or (then.value == now.value and then.error >= now.error):
             continue  # no bargain beside those that were put back before
+        taken.append(added)
+        now = then
+    if float_value - now.value > max_drop or len(_all(taken)) == len(every):
+        raise Unsupported(
+            f"int8 loses more than {max_drop:g} of the metric ({float_value:.4g} in float, {int8.value:.4g} "
+            "in int8) until every layer is back in float.",
+            "Use the step quantization_aware before it, another method, a larger max_drop, or fp32.",
+        )
+    return _told(_needed(taken, float_value - max_drop, measure), int8, measure)
+
+
+def _needed(taken: list[tuple[str, ...]], least: float, measure: Measure) -> list[tuple[str, ...]]:
+    """Without units that a later one made superfluous, unless they cost no time."""
+    for unit in list(taken):
+        rest = [other for other in taken if other != unit]
+        without, now = measure(_all(rest)), measure(_all(taken))
+        if without.value >= least and without.microseconds < now.microseconds:
+            taken = rest
+    return taken
+
+
+def _told(taken: Sequence[tuple[str, ...]], int8: Figures, measure: Measure) -> list[Reverted]:
+    """What each unit regained and cost beside those before it."""
+    steps, now = list[Reverted](), int8
+    for place, unit in enumerate(taken):
+        then = measure(_all(taken[: place + 1]))
         steps.append(Reverted(unit, then.value - now.value, then.microseconds - now.microseconds))
-        kept, now = (*kept, *unit), then
-    if float_value - now.value <= max_drop and len(kept) < sum(map(len, units)):
-        return steps
-    raise Unsupported(
-        f"int8 loses more than {max_drop:g} of the metric ({float_value:.4g} in float, {int8.value:.4g} in "
-        "int8) until nearly every layer is back in float.",
-        "Use the step quantization_aware before it, another method, a larger max_drop, or fp32.",
-    )
+        now = then
+    return steps
+
+
+def _all(units: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(layer for unit in units for layer in unit)
 
 
 def within(
@@ -151,7 +192,9 @@ def within(
     layers = [name for name in qdq.weighted_nodes(graph) if name not in calibration.keep_float]
     steps = list[Reverted]()
     if float_value - int8.value > calibration.max_drop:
-        steps = chosen(units_of(layers), int8, float_value, calibration.max_drop, measure)
+        steps = chosen(
+            units_of(layers, qdq.next_layers(graph)), int8, float_value, calibration.max_drop, measure
+        )
     back = tuple(name for step in steps for name in step.layers)
     facts = {
         "reverted": [step.to_json() for step in steps],
