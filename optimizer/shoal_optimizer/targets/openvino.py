@@ -61,9 +61,9 @@ class OpenVinoTarget(Target):
         graph = ir.widened(float_graph(model, task))
         keep = calibration.keep_float if calibration is not None else ()
         if precision == "fp16":
-            files = ir.saved(ir.read(graph), half=True)
+            files = ir.saved(ir.read(graph), graph, half=True)
         else:
-            files = ir.saved(ir.small_weights(graph, precision, keep))
+            files = ir.saved(ir.small_weights(graph, precision, keep), graph)
         return _ir(files, task, precision, (), {"format_reason": "the smallest form of this precision"})
 
     def check(self, exported: Exported, model: nn.Module | None, task: Task) -> Exported:
@@ -78,7 +78,7 @@ def _from_onnx(
     calibration: Calibration | None,
     class_spec: ClassSpec,
 ) -> Exported:
-    made = OnnxTarget().convert(model, task, precision, calibration, class_spec)
+    made = OnnxTarget(judged_in="openvino").convert(model, task, precision, calibration, class_spec)
     need = RuntimeNeed("openvino", MODEL_FILE, RUNTIME_MIN, isa=made.runtime.isa, precision=precision)
     facts = {**made.facts, "format": ONNX, "format_reason": "as fast as the IR and smaller"}
     files = {MODEL_FILE: ir.widened(made.files[MODEL_FILE])}
@@ -125,7 +125,8 @@ def _nncf_form(
     model: nn.Module | None, task: Task, calibration: Calibration, class_spec: ClassSpec
 ) -> Exported:
     scheme = Scheme.of(class_spec)
-    files = ir.saved(ir.quantized(ir.widened(float_graph(model, task)), calibration, scheme))
+    graph = ir.widened(float_graph(model, task))
+    files = ir.saved(ir.quantized(graph, calibration, scheme), graph)
     return _ir(files, task, "int8", scheme.isa, scheme.facts() | {"method": calibration.method})
 
 

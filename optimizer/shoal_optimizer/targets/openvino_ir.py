@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,12 +118,39 @@ def read(graph: bytes) -> Any:
         return openvino.Core().read_model(str(path))
 
 
-def saved(model: Any, *, half: bool = False) -> dict[str, bytes]:
-    """The IR files of a model; `half` stores float weights as FP16, which are widened when loaded."""
+def saved(model: Any, graph: bytes, *, half: bool = False) -> dict[str, bytes]:
+    """The IR files of a model that was made of `graph`; equal models give equal bytes.
+
+    Args:
+        half: stores float weights as FP16, which are widened when the file is loaded.
+    """
     openvino = _openvino()
+    _settle_names(model, graph)
     with tempfile.TemporaryDirectory(prefix="shoal-openvino-") as folder:
         openvino.save_model(model, str(Path(folder) / XML), compress_to_fp16=half)
-        return {name: (Path(folder) / name).read_bytes() for name in (XML, BIN)}
+        text = (Path(folder) / XML).read_text()
+        return {XML: _slim(text).encode(), BIN: (Path(folder) / BIN).read_bytes()}
+
+
+def _settle_names(model: Any, graph: bytes) -> None:
+    """Gives operations that no ONNX name is known for one by place: OpenVINO numbers them on through a
+    process's life."""
+    import onnx
+
+    proto = onnx.load_from_string(graph).graph
+    known = {node.name for node in proto.node} | {name for node in proto.node for name in node.output}
+    known |= {item.name for items in (proto.input, proto.output, proto.initializer) for item in items}
+    for place, operation in enumerate(model.get_ordered_ops()):
+        if operation.get_friendly_name().partition("/")[0] not in known:
+            operation.set_friendly_name(f"{operation.get_type_name()}-{place}")
+
+
+def _slim(xml: str) -> str:
+    """The text without indentation and without the tools' settings behind the graph: a third less."""
+    head, mark, tail = xml.rpartition("\n\t<rt_info>")
+    if mark and "</edges>" in head:
+        xml = head + tail.partition("\n\t</rt_info>")[2]
+    return re.sub(r"\n\t+", "\n", xml)
 
 
 # ---------------------------------------------------------------------------- NNCF
