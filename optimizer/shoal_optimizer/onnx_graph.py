@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from shoal_optimizer import onnx_branches
 from shoal_optimizer.onnx_data import Arrays
 from shoal_protos.errors import InvalidInput, MissingExtra
 
@@ -55,6 +56,9 @@ def prepare(path: Path, arrays: Arrays) -> Prepared:
     _bind_fixed(model, arrays, notes)
     _bind_shapes(path.name, model, arrays, notes)
     _order_outputs(path.name, model, arrays)
+    model, branches = onnx_branches.inlined(model)
+    if branches:
+        notes.append(f"{branches} If nodes are decided by constants; the branches that are taken remain.")
     model = _settled_batch(path.name, model, arrays, notes)
     wanted = _answers(model, arrays)
     _check_answers(path.name, model, arrays, wanted)
@@ -406,9 +410,7 @@ def _kept_if_equal(
         got = _answers(made, arrays)
     except Exception as error:
         if step is modern:
-            notes.append(
-                f"It stays in its old opset: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            )
+            notes.append(f"It stays in its old opset: {str(error)[:200]}")
         return model
     same = all(
         _equal(mine, theirs)

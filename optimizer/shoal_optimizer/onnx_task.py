@@ -83,6 +83,7 @@ class OnnxTask(Task):
             _columns(data.inputs),
             data.targets,
             calibration=_columns(calibration.inputs) if calibration else {},
+            labels=onnx_data.stored_labels(self._data_file),
         )
 
     def _prepare(self) -> None:
@@ -224,7 +225,7 @@ class OnnxTask(Task):
             )
         if targets.min() < 0 or targets.max() >= classes:
             raise InvalidInput(
-                f"The targets are classes {targets.min()} to {targets.max()}, the model has {classes} logits.",
+                f"The targets go from {targets.min()} to {targets.max()}, the model has {classes} logits.",
                 "Number the classes from 0 in the order of the logits.",
             )
 

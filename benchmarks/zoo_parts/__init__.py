@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/zoo.py`: which models, their data, what one does by hand, and the clock."""
