@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shoal_optimizer.search import space
 from shoal_optimizer.search.candidate import Candidate, Ground, Network, as_figure, variant_event
 from shoal_optimizer.search.failures import reason_of
 from shoal_optimizer.search.space import Export, Params
+from shoal_optimizer.search.together import Trained
 from shoal_optimizer.targets.base import Calibration, Exported, find, load_exported
 from shoal_optimizer.task import Task, load_module, save_module
 from shoal_protos.bundle import digest_of_file, open_bundle
@@ -124,9 +126,14 @@ class Workshop:
             class_spec=self._special_class(trained),
             seconds=seconds,
         )
-        shortened = any("time that is left" in note or "left out" in note for note in applied.notes)
         network = Network(
-            trained, applied.model, applied.seconds, params, applied.notes, _torch_threads(), shortened
+            trained,
+            applied.model,
+            applied.seconds,
+            params,
+            applied.notes,
+            _torch_threads(),
+            was_shortened(applied.notes),
         )
         self.remember(network)
         return network
@@ -163,6 +170,27 @@ class Workshop:
             "shortened": network.shortened,
         }
         self.state.save()
+
+    def adopt(self, recipe: Recipe, params: Params, trained: Trained) -> Network:
+        """Takes a network that another process trained, and saves it."""
+        path = self.folder / "work" / f"apart-{Network(recipe.training, None).key}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_bytes(trained.module)
+            model = load_module(path)
+        finally:
+            path.unlink(missing_ok=True)
+        network = Network(
+            recipe.training,
+            model,
+            trained.seconds,
+            params,
+            trained.notes,
+            trained.threads,
+            was_shortened(trained.notes),
+        )
+        self.remember(network)
+        return network
 
     def leave_out(self, name: str, outcome: str, reason: str, **more: Any) -> None:
         """Notes what was not made and why, once, for the report.
@@ -204,9 +232,13 @@ class Workshop:
                 precision=export.precision,
             )  # fmt: skip
             return None
-        self.state.candidates[key] = made.to_json()
+        return self.keep(made)
+
+    def keep(self, candidate: Candidate) -> Candidate:
+        """Saves what is known of a candidate now."""
+        self.state.candidates[candidate.key] = candidate.to_json()
         self.state.save()
-        return made
+        return candidate
 
     def again(self, whole: Recipe, export: Export, name: str) -> Candidate:
         """A candidate by its whole recipe, quantization included, as a replay needs it.
@@ -330,10 +362,9 @@ class Workshop:
         bundle = open_bundle(Path(candidate.layout), candidate.bundle, verify=False)
         with runtimes.find(candidate.target).load(bundle) as instance:
             judged = evaluation.evaluate_instance(self.task, instance, data)
-        better = replace(candidate, accuracy=as_figure(judged), items=len(data), per_class=judged.per_class)
-        self.state.candidates[candidate.key] = better.to_json()
-        self.state.save()
-        return better
+        return self.keep(
+            replace(candidate, accuracy=as_figure(judged), items=len(data), per_class=judged.per_class)
+        )
 
     @property
     def label(self) -> str:
@@ -345,3 +376,8 @@ def _torch_threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def was_shortened(notes: Iterable[str]) -> bool:
+    """True when training said that time did not allow all of its steps (`techniques.training`)."""
+    return any("the time that is left allows" in note or "are left out" in note for note in notes)

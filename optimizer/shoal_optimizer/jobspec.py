@@ -49,6 +49,9 @@ class RuntimeOptions:
     threads: int = 1
     extra: Mapping[str, str] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash(self.key)
+
     @property
     def default(self) -> bool:
         return self.threads == 1 and not self.extra

@@ -21,13 +21,17 @@ from shoal_optimizer.jobspec import JobSpec
 from shoal_optimizer.jobstate import State, Voice
 from shoal_optimizer.matching import Matched
 from shoal_optimizer.meter import TrialMeter
+from shoal_optimizer.objective import Objective
 from shoal_optimizer.packing import FieldReference
 from shoal_optimizer.recipe import Recipe
 from shoal_optimizer.search import engine, selection, space
+from shoal_optimizer.search.knowledge import FILE, Knowledge
+from shoal_optimizer.search.learner import Learner
+from shoal_optimizer.search.prior import kind_of
 from shoal_optimizer.search.selection import Selection
 from shoal_optimizer.task import Task, load_module, load_task, save_module
 from shoal_protos.bundle import open_bundle
-from shoal_protos.errors import ShoalError
+from shoal_protos.errors import InvalidInput, ShoalError
 from shoal_protos.v1.telemetry_pb2 import SketchSet
 
 FEW_MACS = 20_000_000  # of one item; below it a second thread waits more than it works
@@ -66,8 +70,23 @@ def _selection(workshop: Workshop, voice: Voice, *, trials: int) -> Selection:
         outputs=workshop.folder / "in" / "outputs",
     )
     return Selection(
-        workshop, objective.parse(spec.objective), quick, clean, fleet if trials > 0 else None, trials
+        workshop,
+        refuse_unknown_labels(objective.parse(spec.objective), workshop.task),
+        quick,
+        clean,
+        fleet if trials > 0 else None,
+        trials,
     )
+
+
+def refuse_unknown_labels(wanted: Objective, task: Task) -> Objective:
+    """The objective, if every class of the data that it names exists. Raises InvalidInput."""
+    for label in wanted.labels:
+        if label not in task.labels:
+            known = ", ".join(task.labels[:20]) or "none: write `labels` in the task"
+            raise InvalidInput(f"The objective bounds recall[{label}], and the task has no such label.",
+                               f"It has {known}.")  # fmt: skip
+    return wanted
 
 
 # ---------------------------------------------------------------------------- ingest
@@ -123,12 +142,20 @@ def optimize(spec: JobSpec, folder: Path, state: State, voice: Voice) -> None:
     task = _load(spec, voice)
     workshop = Workshop(task, spec, folder, state, voice)
     chosen = _selection(workshop, voice, trials=spec.budget.trials)
-    search = engine.prepare(workshop, chosen, chosen.objective)
-    _threads(task, spec, search.analysis.macs)
+    search = engine.prepare(workshop, chosen, chosen.objective, _learner(chosen, task))
+    _threads(task, spec, chosen.macs)
     candidates = search.candidates() if "explored" in state.facts else search.explore()
     state.facts["explored"] = True
     state.save()
     _conclude(workshop, chosen, candidates)
+
+
+def _learner(chosen: Selection, task: Task) -> Learner:
+    """Opens the knowledge that the job was given, for this kind of network."""
+    spec, cost = chosen.spec, analyse(task)
+    chosen.macs = cost.macs
+    chosen.learner = Learner(Knowledge.read(spec.knowledge), spec.classes, kind_of(cost))
+    return chosen.learner
 
 
 def _conclude(
@@ -140,6 +167,7 @@ def _conclude(
     """Measures what is kept, asks the fleet, and finishes, or waits for answers."""
     state, voice = workshop.state, workshop.voice
     kept = chosen.settle(candidates)
+    chosen.tune(kept)
     careful = chosen.fleet is None
     named = chosen.known_by_devices(kept)
     chosen.emit(named, careful=careful)
@@ -165,8 +193,14 @@ def _finish(
     results = [chosen.result(c, kept[c.name], careful=careful) for c in workshop.spec.classes]
     data = summary.build(workshop, chosen, chosen.objective, results, candidates, adaptation=adaptation)
     paths = report.write(data, workshop.folder / "out")
+    more: dict[str, Any] = {}
+    if chosen.learner is not None:
+        more["knowledge"] = workshop.folder / "out" / FILE
+        chosen.learner.knowledge.write_learned(more["knowledge"], workshop.spec.id)
     workshop.state.save()
-    workshop.voice.say("done", fronts=summary.fronts(results), choice=summary.choices(results), report=paths)
+    workshop.voice.say(
+        "done", fronts=summary.fronts(results), choice=summary.choices(results), report=paths, **more
+    )
 
 
 # ---------------------------------------------------------------------------- adapt

@@ -9,14 +9,16 @@ The first two only steer the search. Figures that are claimed for a class come f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shoal_agent.telemetry.intervals import wilson
 from shoal_optimizer.analysis import Analysis, analyse
 from shoal_optimizer.candidates import Candidate
-from shoal_optimizer.jobspec import ProfileClass
+from shoal_optimizer.jobspec import ProfileClass, RuntimeOptions
 from shoal_optimizer.meter import UNMEASURED_EMULATED, Figure, Measurement
-from shoal_optimizer.objective import Objective, show
+from shoal_optimizer.objective import Objective, recall_metric, show
 from shoal_optimizer.recipe import Recipe, apply
 from shoal_optimizer.search import frontier
 from shoal_optimizer.search.frontier import Estimate, Point
@@ -33,15 +35,19 @@ _SECONDS_PER_MAC = 1.0 / 4e10  # of one core in training; measured 6e10 on small
 # ---------------------------------------------------------------------------- 1: free
 
 
+_SHAPING = frozenset({"channel_pruning", "architecture"})
+
+
+def shaped(recipe: Recipe, task: Task, seed: int = 0) -> tuple[Any, Analysis]:
+    """(the untrained module, what it will cost): only the steps that change the shape are applied."""
+    steps = tuple(step for step in recipe.training.steps if step.technique in _SHAPING)
+    applied = apply(Recipe(steps, recipe.name), task, seed=seed)
+    return applied.model, analyse(task, applied.model)
+
+
 def shape(recipe: Recipe, task: Task, seed: int = 0) -> Analysis:
-    """What a network will cost, without training it: only the steps before distillation are applied."""
-    steps = []
-    for step in recipe.training.steps:
-        if step.technique == "distillation":
-            break
-        steps.append(step)
-    applied = apply(Recipe(tuple(steps), recipe.name), task, seed=seed)
-    return analyse(task, applied.model)
+    """What a network will cost, without training it."""
+    return shaped(recipe, task, seed)[1]
 
 
 def refusal(cost: Analysis, objective: Objective) -> str:
@@ -87,6 +93,8 @@ class Figures:
     context: dict[str, str] | None = None
     ratio: Figure | None = None  # latency over the incumbent's, same rounds
     winner: str = "unmeasured"
+    options: RuntimeOptions = field(default_factory=RuntimeOptions)  # that the latency is with
+    per_class: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # label -> (recall, n)
 
     def to_json(self) -> dict[str, Any]:
         """As `variant` lines carry them."""
@@ -109,6 +117,7 @@ class Figures:
             "int8_share": self.int8_share,
             "source": self.source,
             "sources": {"accuracy": self.accuracy_source or self.source},
+            **({} if self.options.default else {"options": self.options.to_json()}),
         }
 
 
@@ -122,6 +131,7 @@ def guess(candidate: Candidate, quick: Measurement | None) -> Figures:
         memory=measured.memory if measured else None,
         int8_share=candidate.int8_share,
         source="local" if measured else "unmeasured",
+        per_class=candidate.per_class,
     )
 
 
@@ -132,14 +142,18 @@ def claim(
     trial: Measurement | None,
     accuracy: Figure | None = None,
     accuracy_source: str = "",
+    per_class: Mapping[str, tuple[float, int]] | None = None,
+    options: RuntimeOptions | None = None,
 ) -> Figures:
     """What may be said about a class: a trial's figures, else this machine's if it is of the class.
 
     Args:
-        accuracy: from an `outputs` trial, whose source is `accuracy_source`.
+        accuracy: from an `outputs` trial, whose source is `accuracy_source`, with its `per_class`.
+        options: that `local` and `trial` were measured with.
     """
     if accuracy is None and profile_class.local:
-        accuracy, accuracy_source = candidate.accuracy, "local"
+        accuracy, accuracy_source, per_class = candidate.accuracy, "local", candidate.per_class
+    recalls = dict(per_class or {})
     accuracy_source = accuracy_source if accuracy is not None else ""
     chosen = trial if trial is not None and trial.status == "measured" else None
     if chosen is None and profile_class.local and local is not None and local.status == "measured":
@@ -153,7 +167,13 @@ def claim(
             profile_class.emulated or (trial is not None and trial.source == UNMEASURED_EMULATED)
         ):
             source = UNMEASURED_EMULATED
-        return Figures(accuracy=accuracy, int8_share=share, source=source, accuracy_source=accuracy_source)
+        return Figures(
+            accuracy=accuracy,
+            int8_share=share,
+            source=source,
+            accuracy_source=accuracy_source,
+            per_class=recalls,
+        )
     return Figures(
         accuracy=accuracy,
         latency_p50=chosen.latency_p50,
@@ -165,6 +185,8 @@ def claim(
         context=dict(chosen.context),
         ratio=chosen.ratio,
         winner=chosen.winner,
+        options=options or RuntimeOptions(),
+        per_class=recalls,
     )
 
 
@@ -183,5 +205,12 @@ def point(candidate: Candidate, figures: Figures) -> Point:
             frontier.SIZE: Estimate(float(candidate.size_bytes)),
             frontier.WIRE: Estimate(float(candidate.wire_bytes)),
             frontier.MEMORY: estimate(figures.memory),
+            **{recall_metric(label): recall_of(r, n) for label, (r, n) in figures.per_class.items()},
         },
     )
+
+
+def recall_of(recall: float, items: int) -> Estimate:
+    """The recall of one class of the data with its Wilson interval."""
+    low, high = wilson(recall * items, items)
+    return Estimate.from_interval(recall, min(low, recall), max(high, recall))

@@ -22,7 +22,6 @@ SIZE = "size"
 WIRE = "wire"  # bytes compressed for sending: only where the objective asks for them
 MEMORY = "memory"
 METRICS = (ACCURACY, LATENCY, SIZE, MEMORY)
-HIGHER_IS_BETTER = frozenset({ACCURACY})
 NOISY = (LATENCY, MEMORY)  # measuring again narrows these; accuracy is bound by the data there is
 
 
@@ -51,10 +50,10 @@ class Point:
         return self.figures.get(metric)
 
 
-def _gain(metric: str, a: Estimate, b: Estimate) -> tuple[float, float]:
+def gain(metric: str, a: Estimate, b: Estimate) -> tuple[float, float]:
     """How much better `a` is than `b` (positive = better), and the standard error of that."""
     difference = a.value - b.value
-    return difference if metric in HIGHER_IS_BETTER else -difference, math.hypot(a.error, b.error)
+    return difference if objectives.is_share(metric) else -difference, math.hypot(a.error, b.error)
 
 
 def dominates(a: Point, b: Point, *, z: float = Z95, metrics: Sequence[str] = METRICS) -> bool:
@@ -73,10 +72,10 @@ def dominates(a: Point, b: Point, *, z: float = Z95, metrics: Sequence[str] = ME
             continue
         if other is None:
             continue
-        gain, error = _gain(metric, mine, other)
-        if gain < 0:
+        better, error = gain(metric, mine, other)
+        if better < 0:
             return False
-        clearly_better = clearly_better or gain > z * error
+        clearly_better = clearly_better or better > z * error
     return clearly_better
 
 
@@ -93,7 +92,7 @@ def _settled(point: Point, z: float, noisy: Sequence[str]) -> Point:
     for metric in noisy:
         figure = figures.get(metric)
         if figure is not None:
-            sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
+            sign = 1.0 if objectives.is_share(metric) else -1.0
             figures[metric] = Estimate(figure.value + sign * z * figure.error)
     return replace(point, figures=figures)
 
@@ -128,7 +127,8 @@ def undecided(
 
 def metrics_for(objective: Objective) -> tuple[str, ...]:
     """What makes one point better than another under an objective."""
-    return (*METRICS, WIRE) if objective.names(WIRE) else METRICS
+    wire = (WIRE,) if objective.names(WIRE) else ()
+    return (*METRICS, *wire, *map(objectives.recall_metric, objective.labels))
 
 
 def ordered(points: Iterable[Point], objective: Objective) -> list[Point]:

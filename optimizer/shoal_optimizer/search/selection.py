@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shoal_optimizer.candidates import Candidate, Workshop, as_figure, variant_event
-from shoal_optimizer.evaluation import score
-from shoal_optimizer.inputs import by_name
-from shoal_optimizer.jobspec import JobSpec, ProfileClass
+from shoal_optimizer.evaluation import Score
+from shoal_optimizer.jobspec import JobSpec, ProfileClass, RuntimeOptions
 from shoal_optimizer.local_meter import LocalMeter
-from shoal_optimizer.meter import BundleRef, Figure, Measurement, Meter, Pending
+from shoal_optimizer.meter import BundleRef, Figure, Measurement, Meter, request_key
 from shoal_optimizer.objective import Choice, Objective
-from shoal_optimizer.search import fidelity, frontier
+from shoal_optimizer.search import asking, choosing, fidelity, frontier, options
 from shoal_optimizer.search.fidelity import Figures
 from shoal_optimizer.search.frontier import Point
+from shoal_optimizer.search.learner import Learner
+from shoal_optimizer.search.purse import Purse
 
 MAX_KEPT = 6  # points of a front that are worth a device's time
-OUTPUT_ITEMS = 300  # evaluation items sent to a device of a class that this machine is not of
+MOST_TUNED = 2  # of them, whose runtime options are measured here
 HERE = ProfileClass("", local=True)
 
 
@@ -45,8 +44,11 @@ class Selection:
     clean: Meter  # unhurried, one process a measurement
     fleet: Meter | None  # None: no device will answer
     trials: int  # per class, at most
-    _trials: dict[tuple[str, str], Measurement] = field(default_factory=dict)
-    _accuracies: dict[tuple[str, str], tuple[Figure, str]] = field(default_factory=dict)  # with sources
+    learner: Learner | None = None
+    macs: int = 0  # of the original, one item
+    _trials: dict[tuple[str, str, str], Measurement] = field(default_factory=dict)  # class, name, options
+    _scores: dict[tuple[str, str], tuple[Score, str]] = field(default_factory=dict)  # with sources
+    _options: dict[tuple[str, str], RuntimeOptions] = field(default_factory=dict)  # other than the default
 
     @property
     def spec(self) -> JobSpec:
@@ -58,9 +60,28 @@ class Selection:
         """A short timing here; None for what this machine can't load."""
         if candidate.accuracy is None:
             return None
+        refused = self._refused(candidate)
+        if refused:
+            self.workshop.leave_out(candidate.name, "skipped", f"it is not measured: {refused}")
+            return None
         found = self.quick.measure(candidate.ref, HERE)
         self.workshop.state.save()
         return found if isinstance(found, Measurement) else None
+
+    def timed(self, candidate: Candidate) -> Measurement | None:
+        """What `glance` found before; measures nothing."""
+        known = self.workshop.state.timings.get("quick", {})
+        key = request_key(candidate.ref, HERE, "timing", None, None)
+        return Measurement.from_json(known[key]) if key in known else None
+
+    def _refused(self, candidate: Candidate) -> str:
+        """Why the budget does not let this machine measure it; what a fleet measures is bounded in `ask`."""
+        budget = self.spec.budget
+        if self.fleet is not None or (budget.measurements is None and budget.bytes is None):
+            return ""
+        known = map(Candidate.from_json, self.workshop.state.candidates.values())
+        done = {key.partition("|")[0] for key in self.workshop.state.timings.get("quick", {})}
+        return Purse(budget, lambda: 0.0).refused(candidate, known, done)
 
     def members(self, profile_class: ProfileClass, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Candidates that the class can run, equal bundles once."""
@@ -72,11 +93,28 @@ class Selection:
 
     def guessed_front(self, profile_class: ProfileClass, candidates: Iterable[Candidate]) -> list[Candidate]:
         """The candidates that may be kept for a class, best first; steering figures only."""
-        members = {c.name: c for c in self.members(profile_class, candidates)}
+        everything = self.members(profile_class, candidates)
+        losing = self.losing(profile_class, {c.name: (c, c.per_class) for c in everything})
+        members = {c.name: c for c in everything if c.name not in losing}
         points = [fidelity.point(c, fidelity.guess(c, self.glance(c))) for c in members.values()]
         if self.workshop.ground.field is not None:
             points = [p for p in points if not self._worse_in_field(members[p.key], members.values())]
         return [members[p.key] for p in self._best_first(points, members)[:MAX_KEPT]]
+
+    def losing(
+        self, profile_class: ProfileClass, members: Mapping[str, tuple[Candidate, choosing.Recalls]]
+    ) -> dict[str, str]:
+        """Name -> which class of the data a candidate forgets, of those that do. Plain ones never do."""
+        plain = self.plain(profile_class)
+        if plain is None:
+            return {}
+        reference = members[plain.name][1] if plain.name in members else {}
+        found = {
+            name: choosing.lost_class(recalls, reference or plain.per_class, self.objective)
+            for name, (candidate, recalls) in members.items()
+            if not candidate.plain
+        }
+        return {name: why for name, why in found.items() if why}
 
     def _best_first(self, points: Sequence[Point], members: Mapping[str, Candidate]) -> list[Point]:
         """The front, best first. What nobody has judged on its class yet neither goes before what is
@@ -114,6 +152,9 @@ class Selection:
         on the whole evaluation data."""
         for profile_class in self.spec.classes:
             self._measure_undecided(profile_class, candidates)
+            plain = self.plain(profile_class)
+            if plain is not None:  # what others are compared with is judged as they are
+                self.workshop.judge_whole(plain)
         kept: dict[str, list[Candidate]] = {}
         whole: dict[str, Candidate] = {}
         for profile_class in self.spec.classes:
@@ -136,12 +177,37 @@ class Selection:
             self.workshop.voice.progress("measure", number / len(undecided), point.key)
             self.careful(members[point.key], profile_class)
 
-    def careful(self, candidate: Candidate, profile_class: ProfileClass) -> Measurement:
+    def careful(
+        self, candidate: Candidate, profile_class: ProfileClass, options: RuntimeOptions | None = None
+    ) -> Measurement:
         """An unhurried timing with memory, in a process of its own."""
-        found = self.clean.measure(candidate.ref, profile_class)
+        found = self.clean.measure(candidate.ref, profile_class, options=options)
         self.workshop.state.save()
         assert isinstance(found, Measurement)
         return found
+
+    def tune(self, kept: Mapping[str, Sequence[Candidate]]) -> None:
+        """Measures runtime options of what is likely to be chosen, on classes that this machine is of."""
+        for profile_class in self.spec.classes if options.matters(self.objective) else ():
+            if not profile_class.local or self.fleet is not None:
+                continue
+            for candidate in kept[profile_class.name][:MOST_TUNED]:
+                tried = options.worth_trying(profile_class, candidate.target, self.macs)
+                if tried and not self._refused(candidate):
+                    plain = self.careful(candidate, profile_class)
+                    others = {o: self.careful(candidate, profile_class, o) for o in tried}
+                    self._take(candidate, profile_class, plain, others)
+
+    def _take(
+        self,
+        candidate: Candidate,
+        profile_class: ProfileClass,
+        plain: Measurement | None,
+        others: Mapping[RuntimeOptions, Measurement],
+    ) -> None:
+        best = options.best(self.objective, plain, others)
+        if not best.default:
+            self._options[profile_class.name, candidate.name] = best
 
     # ------------------------------------------------------------------ the fleet
 
@@ -149,48 +215,31 @@ class Selection:
         """Asks a device of each class about what is kept; returns the ids that aren't answered yet."""
         if self.fleet is None:
             return []
-        pending: list[str] = []
+        answers = asking.ask(self, self.fleet, kept)
+        self._trials.update(answers.timings)
+        self._scores.update(answers.scores)
         for profile_class in self.spec.classes:
-            incumbent = self.incumbent(profile_class)
-            for candidate in kept[profile_class.name][: self.trials]:
-                rival = incumbent if incumbent and incumbent.digest != candidate.bundle else None
-                if not profile_class.emulated:  # nobody of it can time anything
-                    pending.extend(self._ask_timing(candidate, profile_class, rival))
-                if not profile_class.local:
-                    pending.extend(self._ask_outputs(candidate, profile_class))
-        return pending
+            for candidate in kept[profile_class.name]:
+                plain = self._trials.get((profile_class.name, candidate.name, ""))
+                others = {
+                    o: found
+                    for o in options.worth_trying(profile_class, candidate.target, self.macs)
+                    if (found := self._trials.get((profile_class.name, candidate.name, o.key))) is not None
+                }
+                if others:
+                    self._take(candidate, profile_class, plain, others)
+                self._learn(candidate, profile_class, plain)
+        return answers.pending
 
-    def _ask_timing(
-        self, candidate: Candidate, profile_class: ProfileClass, rival: BundleRef | None
-    ) -> list[str]:
-        assert self.fleet is not None
-        answer = self.fleet.measure(candidate.ref, profile_class, incumbent=rival)
-        if isinstance(answer, Pending):
-            return [answer.trial]
-        self._trials[profile_class.name, candidate.name] = answer
-        return []
-
-    def _ask_outputs(self, candidate: Candidate, profile_class: ProfileClass) -> list[str]:
-        """Accuracy on a class that this machine is not of: its device answers real inputs."""
-        assert self.fleet is not None
-        task, path = self.workshop.task, self.workshop.folder / "out" / "trial-inputs.npz"
-        data = task.required("evaluation").sample(OUTPUT_ITEMS, self.spec.seed)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name("trial-inputs.partial.npz")
-            arrays: dict[str, Any] = by_name(data.inputs, task.signature)
-            np.savez_compressed(partial, **arrays)
-            partial.replace(path)
-        answer = self.fleet.measure(candidate.ref, profile_class, "outputs", dataset=path)
-        if isinstance(answer, Pending):
-            return [answer.trial]
-        if answer.status == "measured":
-            with np.load(answer.outputs, allow_pickle=False) as stored:
-                outputs = stored[task.signature.outputs[0].name]
-            if len(outputs) == len(data):
-                found = as_figure(score(task, outputs, data.targets))
-                self._accuracies[profile_class.name, candidate.name] = found, answer.source
-        return []
+    def _learn(self, candidate: Candidate, profile_class: ProfileClass, found: Measurement | None) -> None:
+        if self.learner is not None:
+            self.learner.observe(candidate, found, [profile_class.name])
+            rivals = [
+                (c, m)
+                for c in map(Candidate.from_json, self.workshop.state.candidates.values())
+                if (m := self._trials.get((profile_class.name, c.name, ""))) is not None
+            ]
+            self.learner.compare(rivals, [profile_class.name])
 
     def incumbent(self, profile_class: ProfileClass) -> BundleRef | None:
         """What a candidate is timed against: the serving bundle, else the plain one of this version."""
@@ -219,15 +268,22 @@ class Selection:
 
     def figures(self, candidate: Candidate, profile_class: ProfileClass, *, careful: bool = False) -> Figures:
         """What may be claimed for a class."""
+        chosen = self._options.get((profile_class.name, candidate.name), RuntimeOptions())
         local = None
         if profile_class.local:
-            local = self.careful(candidate, profile_class) if careful else self.glance(candidate)
+            clean = careful and not self._refused(candidate)
+            measured = None if chosen.default else chosen
+            local = self.careful(candidate, profile_class, measured) if clean else self.glance(candidate)
+        score, source = self._scores.get((profile_class.name, candidate.name), (None, ""))
         return fidelity.claim(
             candidate,
             profile_class,
             local,
-            self._trials.get((profile_class.name, candidate.name)),
-            *self._accuracies.get((profile_class.name, candidate.name), (None, "")),
+            self._trials.get((profile_class.name, candidate.name, chosen.key)),
+            None if score is None else as_figure(score),
+            source,
+            None if score is None else score.per_class,
+            chosen,
         )
 
     def emit(self, candidates: Iterable[Candidate], *, careful: bool = False) -> None:
@@ -249,15 +305,23 @@ class Selection:
         self, profile_class: ProfileClass, kept: Sequence[Candidate], *, careful: bool = False
     ) -> ClassResult:
         """The front of a class, best first, from what may be claimed."""
-        members = {c.name: c for c in kept}
-        figures = {n: self.figures(c, profile_class, careful=careful) for n, c in members.items()}
+        everything = {c.name: c for c in kept}
+        figures = {n: self.figures(c, profile_class, careful=careful) for n, c in everything.items()}
+        losing = self.losing(profile_class, {n: (c, figures[n].per_class) for n, c in everything.items()})
+        members = {n: c for n, c in everything.items() if n not in losing}
         points = [fidelity.point(c, figures[n]) for n, c in members.items()]
+        for name, why in losing.items():
+            self.workshop.leave_out(name, "not chosen", why)
         if not points:
-            return ClassResult(profile_class, (), {}, None)
+            return ClassResult(profile_class, (), figures, None)
         # What has no latency yet can neither be kept out nor keep others out by it.
         front = self._best_first(points, members)
-        proven = [p for p in front if _proven(p, members[p.key])]
-        choice = self.objective.choose(map(frontier.as_objective_point, proven or front))
+        proven = [p for p in points if _proven(p, members[p.key])]
+        plain = frozenset(n for n, c in members.items() if c.plain)
+        choice = choosing.choose(proven or front, plain, self.objective, losing)
+        if choice.key not in {p.key for p in front}:
+            front = [next(p for p in points if p.key == choice.key), *front]
+        front.sort(key=lambda p: p.key != choice.key)  # the chosen one first, else as they are
         return ClassResult(profile_class, tuple(members[p.key] for p in front), figures, choice)
 
 
@@ -298,4 +362,5 @@ def front_entry(candidate: Candidate, figures: Figures) -> dict[str, Any]:
         "wire_bytes": candidate.wire_bytes,
         "source": figures.source,
         "accuracy_source": figures.accuracy_source or figures.source,
+        "options": figures.options.to_json(),
     }
