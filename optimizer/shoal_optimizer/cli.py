@@ -16,13 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal_optimizer import objective, replay
+from shoal_optimizer import executors, objective, replay
 from shoal_optimizer.cli_classes import machine_classes
 from shoal_optimizer.cli_jobs import one, run_job
 from shoal_optimizer.cli_show import Follower, say, show, show_replay, shown, stderr
 from shoal_optimizer.jobspec import ProfileClass
 from shoal_optimizer.jobstate import write_atomic
 from shoal_optimizer.reporting import facts
+from shoal_optimizer.search import knowledge
 from shoal_protos.errors import Conflict, InvalidInput
 
 EXIT_DIFFERENT, EXIT_INTERRUPTED = 1, 130
@@ -49,6 +50,16 @@ def optimize_command(
         typer.Option("--isa", help="Features of the named classes, e.g. avx2,avx512_vnni. Default: by name."),
     ] = "",
     minutes: Annotated[float, typer.Option(help="Time for the search, at most.", min=0.01)] = 3.0,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Variants that are timed, at most.", min=1)
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", help="Bytes of variants that are timed, at most.", min=1)
+    ] = None,
+    executor: Annotated[
+        str,
+        typer.Option("--executor", help="Where networks train: processes, ray://local or ray://HOST:PORT."),
+    ] = "processes",
     out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: TASK-optimized.")] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal networks.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
@@ -81,6 +92,9 @@ def optimize_command(
             classes=classes or [],
             isa=[part.strip() for part in isa.split(",") if part.strip()],
             minutes=minutes,
+            trials=trials,
+            max_bytes=max_bytes,
+            executor=executor,
             out=target,
             seed=seed,
             resume=resume,
@@ -178,6 +192,9 @@ def optimize(
     classes: Sequence[str] = (),
     isa: Sequence[str] = (),
     minutes: float = 3.0,
+    trials: int | None = None,
+    max_bytes: int | None = None,
+    executor: str = "processes",
     out: Path,
     seed: int = 0,
     resume: bool = False,
@@ -186,6 +203,8 @@ def optimize(
     """Runs (or goes on with) ingest and search in `out`, and lays out the kept bundles.
 
     Args:
+        trials, max_bytes: variants that are timed here, at most, and their bytes.
+        executor: where networks train, as `executors.make` takes it.
         follow: gets every event of the jobs.
 
     Returns:
@@ -205,8 +224,11 @@ def optimize(
         "objective": str(objective.parse(objective_text)),
         "classes": [_as_json(c) for c in machine_classes(classes, isa)],
         "minutes": minutes,
+        "trials": trials,
+        "max_bytes": max_bytes,
         "seed": seed,
     }
+    executors.check(executor)
     settings = _agree(out, settings, resume)
     base = {
         "seed": settings["seed"],
@@ -217,6 +239,8 @@ def optimize(
         "classes": settings["classes"],
     }
     budget = {"minutes": settings["minutes"], "trials": 0}  # no fleet: this machine measures
+    budget |= {"measurements": settings.get("trials"), "bytes": settings.get("max_bytes")}
+    more = {"knowledge": str(_known(out)), "executor": executor}
     ingested = one(
         run_job(
             out / SCRATCH / "ingest", {**base, "kind": "ingest", "id": "ingest", "budget": budget}, follow
@@ -227,12 +251,23 @@ def optimize(
     done = one(
         run_job(
             out / SCRATCH / "optimize",
-            {**base, "kind": "optimize", "id": "optimize", "budget": budget, **files},
+            {**base, "kind": "optimize", "id": "optimize", "budget": budget, **files, **more},
             follow,
         ),
         "done",
     )
+    if done.get("knowledge"):
+        knowledge.merge(knowledge.of_this_machine(), Path(done["knowledge"]), job=str(out))
     return _lay_out(out, settings, ingested, done)
+
+
+def _known(out: Path) -> Path:
+    """What this machine knew when the search began: a later start must not find anything else."""
+    kept = out / SCRATCH / knowledge.FILE
+    if not kept.exists():
+        source = knowledge.of_this_machine()
+        write_atomic(kept, source.read_bytes() if source.is_file() else b"{}")
+    return kept
 
 
 def _as_json(profile_class: ProfileClass) -> dict[str, Any]:

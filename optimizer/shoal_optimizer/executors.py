@@ -6,6 +6,7 @@ Functions and arguments must be picklable; a result or an exception comes back t
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -14,13 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from shoal_protos.errors import InvalidInput, MissingExtra
+from shoal_protos.errors import InvalidInput, MissingExtra, Unavailable
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # Imported once by the fork server, so that each worker starts with torch already loaded.
 _PRELOAD = ["torch"]
+RETRIES = 2  # of a task whose Ray worker died
 
 
 class InlineExecutor(Executor):
@@ -65,7 +67,10 @@ def _one_thread() -> None:
 
 
 class RayExecutor(Executor):
-    """Workers of a Ray cluster; `address` as in `ray.init`, "" starts a local one."""
+    """Workers of a Ray cluster; `address` as in `ray.init`, "" starts a local one on the loopback.
+
+    Ray starts a task again whose worker was killed, `RETRIES` times; after that its future fails.
+    """
 
     def __init__(self, address: str = "", *, cores_per_task: float = 1.0) -> None:
         try:
@@ -75,8 +80,8 @@ class RayExecutor(Executor):
         self._ray: Any = ray
         self._owns = not ray.is_initialized()
         if self._owns:
-            ray.init(address=address or None, log_to_driver=False, include_dashboard=False)
-        self._call = ray.remote(num_cpus=cores_per_task)(_call)
+            _connect(ray, address)
+        self._call = ray.remote(num_cpus=cores_per_task, max_retries=RETRIES)(_call)
         self._lock = threading.Lock()
         self._futures: set[Future[Any]] = set()
         self._closed = False
@@ -103,21 +108,54 @@ class RayExecutor(Executor):
             self._ray.shutdown()
 
 
+def _connect(ray: Any, address: str) -> None:
+    """Joins a cluster, or starts one of this machine's cores that nobody else can reach."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its warning about accelerators
+    if not address:
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            include_dashboard=False,
+            configure_logging=False,
+        )
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        raise Unavailable(
+            f"The Ray cluster at {address} does not answer: {str(error).splitlines()[0][:200]}",
+            "Check the address, and that both sides have the same versions of Ray and Python.",
+        ) from error
+
+
 def _call(fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     return fn(*args, **kwargs)
 
 
+def check(name: str) -> None:
+    """Raises InvalidInput where `make` would not know the name."""
+    if name not in ("inline", "processes", "ray", "ray://local") and not name.startswith(("ray:", "ray://")):
+        raise InvalidInput(
+            f"Unknown executor '{name[:80]}'.", "Use processes, ray://local or ray://HOST:PORT."
+        )
+
+
 def make(name: str, *, workers: int = 1) -> Executor:
-    """The executor called `name`: `inline`, `processes`, `ray` or `ray:ADDRESS`.
+    """The executor called `name`: `inline`, `processes`, `ray://local` (a cluster of this machine, started
+    and stopped with it), `ray://HOST:PORT` (Ray's client server) or `ray:HOST:PORT` (its own port).
 
     Raises:
         InvalidInput: no such executor.
         MissingExtra: Ray is asked for and isn't installed.
+        Unavailable: the cluster does not answer.
     """
+    check(name)
     if name == "inline" or (name == "processes" and workers <= 1):
         return InlineExecutor()
     if name == "processes":
         return LocalProcesses(workers)
-    if name == "ray" or name.startswith("ray:"):
-        return RayExecutor(name.partition(":")[2])
-    raise InvalidInput(f"Unknown executor '{name}'.", "Use inline, processes, ray or ray:ADDRESS.")
+    if name in ("ray", "ray:", "ray://local", "ray://"):
+        return RayExecutor()
+    return RayExecutor(name if name.startswith("ray://") else name.partition(":")[2])

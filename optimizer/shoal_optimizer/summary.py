@@ -35,6 +35,7 @@ def choices(results: Sequence[ClassResult]) -> dict[str, dict[str, Any]]:
                 "name": chosen.name,
                 "feasible": result.choice.feasible,
                 "sentence": result.choice.sentence,
+                "options": result.figures[chosen.name].options.to_json(),
             }
     return found
 

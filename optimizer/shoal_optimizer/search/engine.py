@@ -332,6 +332,8 @@ def prepare(workshop: Workshop, selection: Selection, objective: Objective, lear
         return space.more_exports(spec.classes, analysis, objective, room)
 
     def executor(workers: int) -> Executor:
+        if spec.executor == "processes":  # of their own, also for one: what dies there takes no job down
+            return executors.LocalProcesses(workers)
         return executors.make(spec.executor, workers=workers)
 
     search = Search(workshop, selection, objective, found, analysis, executor, learner)

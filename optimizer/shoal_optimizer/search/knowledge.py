@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,13 +57,22 @@ class Knowledge:
         write_atomic(path, json.dumps(content).encode())
 
 
-def merge(keeper: Path, learned: Path) -> bool:
+def of_this_machine() -> Path:
+    """Where `shoal optimize` keeps what it learned here."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "shoal" / FILE
+
+
+def merge(keeper: Path, learned: Path, *, job: str = "") -> bool:
     """Adds what a job learned to a keeper's file; False if that was done before or there is nothing.
 
     Several processes may do it at once.
+
+    Args:
+        job: what tells this search from others; "" = the job's own id.
     """
     new = _load(learned)
-    job = str(new.get("job") or "")
+    job = job or str(new.get("job") or "")
     if not new or not job:
         return False
     keeper.parent.mkdir(parents=True, exist_ok=True)
