@@ -30,6 +30,7 @@ RUNTIME_MIN = "1.20"
 MODEL_FILE = "model.onnx"
 FLOAT_PARTS = ("preprocess", "postprocess")
 _CACHED_GRAPHS = 16
+_TOOL_METADATA = ("onnx.", "pkg.")  # quantizers' and exporters' marks
 _CALIBRATION_BATCH = 32
 
 
@@ -43,6 +44,10 @@ class OnnxTarget(Target):
     name: ClassVar[str] = "onnxruntime"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", *weights_only.PRECISIONS)
     dynamic: ClassVar[bool] = True
+
+    def __init__(self, judged_in: str = "") -> None:
+        """`judged_in`: the runtime in which `max_drop` has to hold, where it isn't ONNX Runtime."""
+        self._judged_in = judged_in or self.name
 
     def convert(
         self,
@@ -58,7 +63,7 @@ class OnnxTarget(Target):
         if precision == "int8":
             assert calibration is not None
             scheme = Scheme.of(class_spec)
-            graph, found = int8_graph(graph, task, calibration, scheme, self.name)
+            graph, found = int8_graph(graph, task, calibration, scheme, self._judged_in)
             isa = scheme.isa
             facts |= scheme.facts() | found
         elif precision != "fp32":
@@ -304,11 +309,14 @@ def reader(graph: bytes, inputs: np.ndarray) -> Any:
 
 
 def strip(graph: bytes) -> bytes:
-    """Removes what no runtime needs: exporter metadata, documentation, inner shapes."""
+    """Removes what no runtime needs: exporter metadata, documentation, inner shapes. The model's own
+    metadata stay: a user may have put them there."""
     import onnx
 
     model: Any = onnx.load_from_string(graph)
+    own = [item for item in model.metadata_props if not item.key.startswith(_TOOL_METADATA)]
     del model.metadata_props[:]
+    model.metadata_props.extend(own)
     model.doc_string, model.producer_name, model.producer_version = "", "", ""
     del model.graph.value_info[:]
     del model.graph.metadata_props[:]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_optimizer.inputs import by_name, step_of
 from shoal_optimizer.targets import qdq
 from shoal_optimizer.targets.base import Calibration, Exported, load_exported, run_instance
 from shoal_protos.bundle import RuntimeNeed
@@ -232,8 +233,8 @@ class Judge:
         got = self.outputs(graph, "int8")
         scale = float(np.mean(np.abs(reference))) or 1.0
         error = float(np.mean(np.abs(got.astype(np.float64) - reference))) / scale
-        name = self._task.signature.inputs[0].name
-        feed = {name: np.ascontiguousarray(self._inputs[:1])}
+        signature = self._task.signature
+        feed = by_name(self._inputs[: step_of(signature, 1)], signature)
         profile = PROFILES.get(self._runtime, profile_onnxruntime)
         return Figures(self._task.measured(got, self._targets), error, profile(graph, feed))
 

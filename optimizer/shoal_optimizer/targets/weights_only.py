@@ -50,11 +50,12 @@ def converted(graph: bytes, precision: str, excluded: Sequence[str]) -> bytes:
     else:
         made, plainer = stored_int4(graph, excluded), "int8_weights"
         other = stored_int8(graph, excluded)
-    before, after = compressed_size(strip(other)), compressed_size(strip(made))
-    if after > (1 - LEAST_SAVED[precision]) * before:
+    wide, narrow = strip(other), strip(made)
+    saved = min(1 - compressed_size(narrow) / compressed_size(wide), 1 - len(narrow) / len(wide))
+    if saved < LEAST_SAVED[precision]:
         raise Unsupported(
-            f"{precision} would save {max(0.0, 1 - after / before):.0%} of the {before} compressed bytes of "
-            f"{plainer}: too little of the file are weights that it is for.",
+            f"{precision} would save {max(0.0, saved):.0%} of the {len(wide)} bytes of {plainer}: too little "
+            "of the file are weights that it is for.",
             f"Use the precision {plainer} or int8.",
         )
     return made
@@ -242,7 +243,9 @@ def _plain_gemm(node: Any) -> bool:
 
 
 def _drop_unused(graph: Any) -> None:
-    used = {name for node in graph.node for name in node.input} | {item.name for item in graph.output}
+    from shoal_optimizer.onnx_graph import nodes_of
+
+    used = {name for node in nodes_of(graph) for name in node.input} | {item.name for item in graph.output}
     kept = [item for item in graph.initializer if item.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -64,6 +64,11 @@ class Quantization(Technique):
         if params["max_drop"] < 1:
             judged, source = judging_data(work, data)
             calibration = replace(calibration, max_drop=params["max_drop"], judged=judged, judged_on=source)
+            if source == "evaluation":
+                work = work.note(
+                    f"Which layers stay in float is decided on {len(judged)} of the evaluation items: the "
+                    "accuracy reported on those is a little too good. training() would be judged on instead."
+                )
         for note in notes_on(work, data, params):
             work = work.note(note)
         return replace(work, precision="int8", quantization=calibration)
@@ -77,12 +82,28 @@ def notes_on(work: Work, data: TaskData, params: Mapping[str, Any]) -> list[str]
             f"int8 ranges come from {len(data)} items only; with fewer than {FEW_ITEMS} they are often too "
             "narrow. Give more calibration data."
         )
+    if params["method"] != "dynamic" and _recurrent(work):
+        found.append(
+            "Recurrent layers stay in float with calibrated ranges; ONNX Runtime has them in int8 with the "
+            "method dynamic."
+        )
     if ranges.outdated(work.model):
         found.append(
             "The weights changed after quantization_aware: its ranges are void. Make it the last step before "
             "quantization."
         )
     return found
+
+
+def _recurrent(work: Work) -> bool:
+    if work.model is not None:
+        from torch import nn
+
+        return any(isinstance(module, nn.RNNBase) for module in work.model.modules())
+    import onnx
+
+    nodes = onnx.load(str(work.task.onnx_file), load_external_data=False).graph.node
+    return any(node.op_type in ("LSTM", "GRU", "RNN") for node in nodes)
 
 
 def judging_data(work: Work, calibration: TaskData) -> tuple[TaskData, str]:
@@ -94,11 +115,10 @@ def judging_data(work: Work, calibration: TaskData) -> tuple[TaskData, str]:
         Unsupported: there are too few labelled items.
     """
     task = work.task
-    for source, data in (
-        ("training", work.training),
-        ("calibration", work.calibration or task.data("calibration")),
-        ("evaluation", task.required("evaluation")),
-    ):
+    sources = [("training", work.training), ("evaluation", task.required("evaluation"))]
+    if task.has_module:  # the calibration items of an ONNX file have no labels
+        sources.insert(1, ("calibration", work.calibration or task.data("calibration")))
+    for source, data in sources:
         rest = None if data is None else without(data, calibration)
         if rest is not None and len(rest) >= FEWEST_JUDGED:
             return rest.sample(MOST_JUDGED, work.seed + 1), source
