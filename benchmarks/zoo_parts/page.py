@@ -26,8 +26,8 @@ def render(result: Mapping[str, Any]) -> str:
         "# Models that nobody tuned for",
         "",
         "`python benchmarks/zoo.py`: Shoal's defaults (`shoal optimize MODEL.onnx`, two minutes, no "
-        "training) against the best of what one would do by hand, at equal accuracy: the objective allows one point of "
-        "the metric, and a way by hand that loses more does not count.",
+        "training) against the best of what one would do by hand, at equal accuracy: the objective allows "
+        "one point of the metric, and a way by hand that loses more does not count.",
         "",
         f"{result['zoo.models']} models; median speedup over the best way by hand "
         f"**{result['zoo.median_speedup_over_best_by_hand']:.2f}x**, worst {result['zoo.worst']:.2f}x "

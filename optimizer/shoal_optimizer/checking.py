@@ -64,6 +64,8 @@ def _load(report: CheckReport, path: Path) -> Task | None:
     kind = f"{task.input_kind} in, {task.output_kind} out"
     labels = f", {len(task.labels)} labels" if task.labels else ""
     report.add("declarations", f"{type(task).__name__}: {kind}{labels}")
+    for note in getattr(task, "notes", ()):
+        report.add("declarations", note)
     return task
 
 

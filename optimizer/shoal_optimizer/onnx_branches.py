@@ -61,7 +61,8 @@ def _constant(model: Any, name: str) -> np.ndarray | None:
     )
     try:
         made = helper.make_model(graph, opset_imports=model.opset_import)
-        return np.asarray(ReferenceEvaluator(made).run([name], {})[0])
+        answers: Any = ReferenceEvaluator(made).run([name], {})
+        return np.asarray(answers[0])
     except Exception:
         return None  # then the node stays: whatever could not be computed is no reason to refuse a model
 

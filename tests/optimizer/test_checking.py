@@ -264,12 +264,22 @@ class TestOnnxTask:
         assert report.ok, report.items
         assert "no better than always" in found(report, "metric", "warning")
 
-    def test_a_fixed_batch(self, tmp_path: Path) -> None:
+    def test_a_batch_of_one_stays(self, tmp_path: Path) -> None:
         from tests.optimizer.test_scaffold import onnx_model
 
         path = onnx_model(tmp_path / "m.onnx", fixed=1)
+        x = np.random.default_rng(0).normal(0, 1, (80, 4)).astype(np.float32)
+        np.savez(tmp_path / "m.npz", inputs=x, targets=np.arange(80) % 2)
+        report = checking.check(path)
+        assert report.ok, report.items
+        assert "batches of one" in found(report, "export", "ok")
+
+    def test_a_larger_fixed_batch(self, tmp_path: Path) -> None:
+        from tests.optimizer.test_scaffold import onnx_model
+
+        path = onnx_model(tmp_path / "m.onnx", fixed=8, reshape=True)
         np.savez(tmp_path / "m.npz", inputs=np.ones((9, 4), np.float32), targets=np.arange(9) % 2)
-        assert "dynamic batch" in found(checking.check(path), "declarations")
+        assert "fixed batch of 8" in found(checking.check(path), "declarations")
 
 
 def test_without_torch(write_task: Write) -> None:

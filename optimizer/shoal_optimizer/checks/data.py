@@ -54,8 +54,11 @@ def check_inputs(report: CheckReport, task: Task, cut: set[str]) -> None:
     if training is not None:
         parts.append(f"{_count(training, 'training', cut)} train")
     inputs = evaluation.inputs
-    text = f"{', '.join(parts)}; {task.input.datatype} {list(inputs.shape[1:])}"
     report.facts["items"] = {"evaluation": len(evaluation), "training": len(training) if training else 0}
+    if inputs.dtype.names is not None:
+        _check_columns(report, parts, inputs)
+        return
+    text = f"{', '.join(parts)}; {task.input.datatype} {list(inputs.shape[1:])}"
     low, high = float(inputs.min()), float(inputs.max())
     report.add("data", f"{text}, values {low:.4g} to {high:.4g}")
     if training is None and task.has_module:
@@ -76,6 +79,23 @@ def check_inputs(report: CheckReport, task: Task, cut: set[str]) -> None:
     _check_range(report, task, low, high)
     if training is not None:
         _check_overlap(report, evaluation, training)
+
+
+def _check_columns(report: CheckReport, parts: list[str], inputs: np.ndarray) -> None:
+    """The inputs of an ONNX file with several."""
+    told = []
+    for name in inputs.dtype.names or ():
+        low, high = float(inputs[name].min()), float(inputs[name].max())
+        told.append(
+            f"'{name}' {inputs[name].dtype} {list(inputs[name].shape[1:])}, values {low:.4g} to {high:.4g}"
+        )
+        if low == high:
+            report.warn(
+                "data",
+                f"Every value of '{name}' is {low:.4g}.",
+                f"Give it as 'fixed:{name}' if it never changes.",
+            )
+    report.add("data", f"{', '.join(parts)}; {'; '.join(told)}")
 
 
 def _count(data: TaskData, split: str, cut: set[str]) -> str:

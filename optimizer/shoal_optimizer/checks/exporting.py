@@ -63,7 +63,7 @@ def check_export(report: CheckReport, task: Task) -> None:
     report.add(
         "export",
         f"ONNX, {exported.size_bytes / 1e6:.2f} MB; off by at most {facts['parity_max']:.2g}{same}; "
-        "any batch",
+        + ("batches of one" if task.signature.inputs[0].shape[0] == 1 else "any batch"),
     )
 
 
