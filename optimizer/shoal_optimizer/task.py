@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
@@ -33,8 +33,8 @@ from shoal_protos.errors import InvalidInput, ShoalError, Unsupported
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SPLITS = ("calibration", "evaluation", "training", "holdout", "shifted")
-STORED_SPLITS = ("calibration", "evaluation", "training")  # the others Shoal never sees
+SPLITS = ("calibration", "evaluation", "training", "unlabelled", "holdout", "shifted")
+STORED_SPLITS = ("calibration", "evaluation", "training", "unlabelled")  # the others Shoal never sees
 
 _PREDICT_BYTES = 8 << 20  # of a batch of inputs
 
@@ -112,6 +112,11 @@ class Task:
 
     def training(self) -> Items | None:
         """The data for fine-tuning; None = conversion and quantization only."""
+        return None
+
+    def unlabelled(self) -> Any:
+        """More inputs like those of `training()`, without targets: an iterable of inputs, or one array
+        [n, ...]. Students learn the original's answers to them. None = there are none."""
         return None
 
     def holdout(self) -> Items | None:
@@ -243,9 +248,18 @@ class Task:
             if items is None:
                 return None
             where = f"{type(self).__name__}.{split}()"
+            if split == "unlabelled":
+                items = self._paired(items)
             # A generator runs the user's code while it is read.
             reader = Reader(self.declared, self.directory)
             return self.guard(f"{split}()", lambda: materialise(items, self.input, where, reader))
+
+    def _paired(self, inputs: Any) -> Any:
+        """Inputs with empty targets, which nobody reads."""
+        boxes = self.output_kind == "boxes"
+        if getattr(inputs, "ndim", -1) == len(self.input.shape):
+            return inputs, np.zeros((len(inputs), 0, 5) if boxes else len(inputs), np.float32)
+        return ((one, np.zeros((0, 5) if boxes else (), np.float32)) for one in inputs)
 
     def guard(self, field: str, call: Callable[[], _T]) -> _T:
         """Runs the user's code; what it raises becomes an InvalidInput that names `field`."""

@@ -57,7 +57,7 @@ def test_applying_is_deterministic_and_leaves_the_original_alone(quadrants: Task
     assert one.precision == "int8"
     assert one.calibration is not None
     assert len(one.calibration.inputs) == 200
-    assert one.recipe.steps[0].params == {"ratio": 0.5, "round_to": 8}
+    assert one.recipe.steps[0].params.items() >= {"ratio": 0.5, "round_to": 8}.items()
 
 
 def test_progress_rises_within_each_step(quadrants: Task) -> None:

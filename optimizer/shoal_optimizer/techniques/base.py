@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -31,7 +32,8 @@ class Cancelled(ShoalError):
 class Parameter:
     """One parameter of a technique: its default and what it may be.
 
-    `low` and `high` bound numbers (inclusive); `choices` lists the only values allowed.
+    `low` and `high` bound numbers (inclusive); `choices` lists the only values allowed; a text must match
+    `pattern` as a whole.
     """
 
     default: Any
@@ -39,6 +41,7 @@ class Parameter:
     high: float = math.inf
     choices: tuple[Any, ...] = ()
     help: str = ""
+    pattern: str = ""
 
     def check(self, name: str, value: Any) -> Any:
         """`value` in the default's type. Raises InvalidInput, saying what is allowed."""
@@ -53,6 +56,8 @@ class Parameter:
             value = float(value)
         if type(value) is not kind:
             raise InvalidInput(f"{name} is {value!r}.", f"Give a value of type {kind.__name__}.")
+        if kind is str and not re.fullmatch(self.pattern, value):
+            raise InvalidInput(f"{name} is {value!r}.", f"Its form is {self.help}.")
         if kind in (int, float) and not self.low <= value <= self.high:
             raise InvalidInput(f"{name} is {value}.", f"Use {self.low:g} to {self.high:g}.")
         return value

@@ -6,12 +6,16 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_optimizer.data import TaskData
 from shoal_optimizer.techniques import masks
+from shoal_optimizer.techniques.feed import Feed, Lots, prepared
+from shoal_optimizer.techniques.hints import Hints
 from shoal_optimizer.techniques.losses import match_boxes, match_teacher
 from shoal_optimizer.techniques.pace import Length, one_cycle, steps_left
 from shoal_protos.errors import InvalidInput, Overloaded
@@ -19,7 +23,6 @@ from shoal_protos.errors import InvalidInput, Overloaded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from shoal_optimizer.data import TaskData
     from shoal_optimizer.task import Task
 
 PROBE = (2, 4)  # steps that warm up, steps that are timed
@@ -31,7 +34,9 @@ class TrainingPlan:
     """How to train: AdamW with a one-cycle learning rate.
 
     `alpha` weighs the teacher, 1 - alpha the task's own loss; alpha 0 trains on targets alone.
-    `steps` is a cap on the optimizer steps, 0 = none; the schedule then fits into them.
+    `steps` is a cap on the optimizer steps, 0 = none; the schedule then fits into them. `unlabelled` items
+    come with each labelled one where there are some. `hints` weighs the distance of inner outputs, of
+    `hint_layers` (student's path, teacher's path) or of layers chosen by themselves.
     """
 
     epochs: int = 20
@@ -42,6 +47,9 @@ class TrainingPlan:
     weight_decay: float = 1e-4
     seed: int = 0
     steps: int = 0
+    unlabelled: float = 1.0
+    hints: float = 0.0
+    hint_layers: tuple[tuple[str, str], ...] = ()
 
 
 def train(
@@ -58,6 +66,7 @@ def train(
     note: Callable[[str], None] = lambda text: None,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
+    unlabelled: np.ndarray | None = None,
 ) -> nn.Module:
     """Trains `model` in place and returns it in evaluation mode. Deterministic for equal seeds and threads.
 
@@ -72,6 +81,7 @@ def train(
         note: gets a sentence for the report about everything that did not go as planned.
         seconds: the schedule is shortened so that it ends in this time, from a measured step. Without
             it nothing depends on the clock.
+        unlabelled: endpoint inputs [n, ...] without targets: the teacher's answers are theirs.
 
     Raises:
         InvalidInput: the loss was not finite at the lower learning rate either.
@@ -88,8 +98,9 @@ def train(
     halved = slower = False
     while True:
         session = _Session(
-            model, task, data, plan, teacher, augment or task.augment, progress, checkpoint,
-            _both(after_step, masks.keeper(model)), tell, clock, ends,
+            model, task, data, plan, teacher if plan.alpha > 0 or plan.hints > 0 else None,
+            augment or task.augment, progress, checkpoint,
+            _both(after_step, masks.keeper(model)), tell, clock, ends, unlabelled,
         )  # fmt: skip
         try:
             if session.run():
@@ -155,6 +166,8 @@ class _Session:
     tell: Callable[[str], None]
     clock: Callable[[], float]
     ends: float | None
+    unlabelled: np.ndarray | None
+    hints: Hints | None = None
 
     def run(self) -> bool:
         """False when the loss stopped being finite."""
@@ -168,13 +181,38 @@ class _Session:
             self.teacher.eval()
         self._channels_last(torch.channels_last)
         try:
-            length = self._length()
-            self.model.train()
-            with seeded(self.plan.seed):
-                return self._steps(length)
+            with self._hinted():
+                self._open(Length.of(len(self.data), self.plan.batch, self.plan.epochs, self.plan.steps))
+                length = self._length()
+                self.model.train()
+                with seeded(self.plan.seed):
+                    return self._steps(length)
         finally:
             self._channels_last(torch.contiguous_format)
             self.model.eval()
+
+    def _hinted(self) -> Any:
+        if self.teacher is None or not self.plan.hints:
+            return nullcontext()
+        from shoal_optimizer.task import seeded
+
+        example = prepared(self.task, self.data.inputs[:2])
+        with seeded(self.plan.seed):  # the adapters' first weights
+            self.hints = Hints(self.model, self.teacher, example, self.plan.hint_layers)
+        return self.hints
+
+    def _open(self, length: Length) -> None:
+        """Opens the data. Hints need the teacher to run on every batch."""
+        plan = self.plan
+        draws = 0 if self.hints is not None else length.steps * plan.batch
+        self._feed = Feed(self.task, self.data, self.augment, self.teacher, draws)
+        self._more, self._extra = None, 0
+        if self.unlabelled is not None and self.teacher is not None and plan.alpha > 0:
+            self._extra = min(round(plan.unlabelled * plan.batch), len(self.unlabelled))
+            if self._extra:
+                wanted = TaskData(self.unlabelled, np.zeros(len(self.unlabelled), np.int64))
+                draws = 0 if self.hints is not None else length.steps * self._extra
+                self._more = Feed(self.task, wanted, self.augment, self.teacher, draws)
 
     def _length(self) -> Length:
         plan = self.plan
@@ -202,8 +240,11 @@ class _Session:
     def _optimizer(self) -> Any:
         import torch
 
+        adapters = [] if self.hints is None else list(self.hints.adapters.parameters())
         return torch.optim.AdamW(
-            self.model.parameters(), lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay
+            [*self.model.parameters(), *adapters],
+            lr=self.plan.learning_rate,
+            weight_decay=self.plan.weight_decay,
         )
 
     def _probe(self, length: Length) -> float:
@@ -214,6 +255,7 @@ class _Session:
         self.model.train()
         optimizer = self._optimizer()
         order = np.arange(len(self.data))
+        self._lots = Lots(0 if self.unlabelled is None else len(self.unlabelled), self.plan.seed)
         begun, timed = self.clock(), 0
         with seeded(self.plan.seed):
             for index in range(sum(PROBE)):
@@ -233,6 +275,7 @@ class _Session:
         plan = self.plan
         optimizer = self._optimizer()
         random = np.random.default_rng(plan.seed)
+        self._lots = Lots(0 if self.unlabelled is None else len(self.unlabelled), plan.seed + 1)
         share, left, begun = 0.0, length.steps, self.clock()
         for epoch in range(length.epochs):
             order = random.permutation(len(self.data))
@@ -266,20 +309,16 @@ class _Session:
     def _step(self, chosen: np.ndarray, optimizer: Any) -> float:
         import torch
 
-        plan, task = self.plan, self.task
-        with torch.no_grad():
-            raw = torch.from_numpy(np.ascontiguousarray(self.data.inputs[chosen])).to(torch.float32)
-            inputs = task.pre(task.guard("augment()", lambda: self.augment(raw)))
-            wanted = self.teacher(inputs) if self.teacher is not None and plan.alpha > 0 else None
+        inputs, wanted = self._feed(chosen)
         targets = torch.from_numpy(np.ascontiguousarray(self.data.targets[chosen]))
+        if self._more is not None:
+            more, said = self._more(self._lots.draw(self._extra))
+            inputs, wanted = torch.cat([inputs, more]), torch.cat([wanted, said])  # type: ignore[list-item]
+            if self.hints is not None and self.teacher is not None:
+                with torch.no_grad():
+                    self.teacher(inputs)  # the hints listen to the whole batch
         outputs = self.model(inputs)
-        loss = task.guard("loss()", lambda: task.loss(outputs, targets))
-        if wanted is not None:
-            if task.output_kind == "boxes":
-                matched = match_boxes(task.post(outputs), task.post(wanted))
-            else:
-                matched = match_teacher(outputs, wanted, task.output_kind, plan.temperature)
-            loss = (1 - plan.alpha) * loss + plan.alpha * matched
+        loss = self._loss(outputs, targets, wanted)
         value = float(loss.detach())
         if not math.isfinite(value):
             return value
@@ -290,6 +329,24 @@ class _Session:
             return math.nan  # the loss is a number, its gradient is none
         optimizer.step()
         return value
+
+    def _loss(self, outputs: Tensor, targets: Tensor, wanted: Tensor | None) -> Tensor:
+        """(1 - alpha) * the task's loss of the labelled + alpha * distance from the teacher + hints."""
+        plan, task = self.plan, self.task
+        teaches = wanted is not None and plan.alpha > 0
+        loss: Any = 0.0
+        if not teaches or plan.alpha < 1:
+            labelled = outputs[: len(targets)]
+            loss = task.guard("loss()", lambda: task.loss(labelled, targets))
+        if teaches and wanted is not None:
+            if task.output_kind == "boxes":
+                matched = match_boxes(task.post(outputs), task.post(wanted))
+            else:
+                matched = match_teacher(outputs, wanted, task.output_kind, plan.temperature)
+            loss = (1 - plan.alpha) * loss + plan.alpha * matched
+        if self.hints is not None:
+            loss = loss + plan.hints * self.hints.loss()
+        return loss  # type: ignore[no-any-return]
 
 
 def _set(optimizer: Any, peak: float, share: float) -> None:
