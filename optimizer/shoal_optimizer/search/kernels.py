@@ -253,7 +253,7 @@ def _make(
         operator = "conv"
         if groups > 1 and matrix and matrix[1] == 1:
             operator = "depthwise"
-        elif math.prod(matrix[2:]) == 1:
+        elif matrix and math.prod(matrix[2:]) == 1:
             operator = "pointwise"
     elif kind in _MATRICES:
         operator, macs = "gemm", elements * (given[-1] if given else 1)
@@ -275,29 +275,44 @@ def _make(
 # ---------------------------------------------------------------------------- from a profile
 
 
-def profiled(profile: str | bytes) -> tuple[tuple[Kernel, float], ...]:
+def profiled(profile: str | bytes, found: Sequence[Kernel] = ()) -> tuple[tuple[Kernel, float], ...]:
     """Kernels with their time in microseconds, the median of all runs but the first, from the JSON that
     ONNX Runtime writes with `enable_profiling`.
+
+    Args:
+        found: the network's kernels. A profile doesn't tell the weights of int8 convolutions; they are
+            looked up here by the shapes around them, and left out where that leaves a doubt.
 
     Raises:
         InvalidInput: it is no such profile.
     """
     try:
-        events = [event for event in json.loads(profile) if event.get("cat") == "Node"]
-        found: dict[str, tuple[Mapping[str, Any], list[float]]] = {}
-        for event in events:
-            if event["name"].endswith("_kernel_time"):
-                args = event["args"]
-                found.setdefault(event["name"], (args, []))[1].append(float(event["dur"]))
-        return tuple(
-            (kernel, sorted(times[1:] or times)[len(times[1:] or times) // 2])
-            for args, times in found.values()
-            if (kernel := _from_event(args)) is not None
-        )
+        times: dict[str, tuple[Mapping[str, Any], list[float]]] = {}
+        for event in json.loads(profile):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                times.setdefault(event["name"], (event["args"], []))[1].append(float(event["dur"]))
+        named = [(_from_event(args), us) for args, us in times.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InvalidInput(
             f"This is no profile of ONNX Runtime: {error!r}.", "Set SessionOptions.enable_profiling."
         ) from error
+    known = [(_looked_up(kernel, found), us[1:] or us) for kernel, us in named if kernel is not None]
+    return tuple((kernel, sorted(us)[len(us) // 2]) for kernel, us in known if kernel is not None)
+
+
+def _looked_up(kernel: Kernel, found: Sequence[Kernel]) -> Kernel | None:
+    """The kernel itself, or, where its weights are untold, the only one of the network that it can be."""
+    if kernel.operator != "conv" or kernel.macs:
+        return kernel
+    around = (math.prod(kernel.given), math.prod(kernel.made))
+    alike = {
+        other
+        for other in found
+        if other.operator in ("conv", "pointwise", "depthwise")
+        and other.precision == kernel.precision
+        and (math.prod(other.given), math.prod(other.made)) == around
+    }
+    return alike.pop() if len(alike) == 1 else None
 
 
 def _from_event(args: Mapping[str, Any]) -> Kernel | None:

@@ -30,7 +30,8 @@ VERSION = 1
 LEAST_NETWORKS = 3  # different ones measured on a runtime before anything is predicted
 MOST_NETWORKS, MOST_KERNELS, MOST_PAIRS = 48, 160, 64  # kept per (class, runtime); and such pairs
 SAME_NETWORK = 3  # measurements kept of one network
-HALF_LIFE = 8.0  # measurements after which an older one counts half in the correction
+HALF_LIFE = 4.0  # later measurements after which one counts half in the correction
+FIT_HALF_LIFE = 8.0  # and in the fit
 _UNSEEN = 0.25  # share of the predicted time in kinds of kernels never measured: above it nothing is said
 _OF_OTHERS = 0.3  # weight of measurements on other classes, scaled to this one's speed
 _OF_KERNELS = 0.3  # weight of single kernels: a profiler measures itself too
@@ -123,17 +124,23 @@ class LatencyTable:
         return self._add([Row(profile_class, runtime, features_of(found), float(ms), self._next)])
 
     def observe_profile(
-        self, profile_class: str, runtime: str, profile: str | bytes, ms: float | None = None
+        self,
+        profile_class: str,
+        runtime: str,
+        profile: str | bytes,
+        found: Sequence[Kernel] = (),
+        ms: float | None = None,
     ) -> LatencyTable:
         """Adds the kernels of an ONNX Runtime profile (JSON), each with its share of `ms`.
 
         Args:
+            found: the network's kernels, which say what a profile of an int8 network leaves out.
             ms: what the network takes without the profiler; None = the sum of the profile's kernels.
 
         Raises:
             InvalidInput: it is no such profile.
         """
-        timed = profiled(profile)
+        timed = profiled(profile, found)
         total = sum(us for _, us in timed) / 1000
         scale = ms / total if ms is not None and total > 0 else 1.0
         rows = [
@@ -321,9 +328,11 @@ class _Fit:
         import numpy as np
 
         singles = sum(row.single for row in self.rows)
+        latest = max(row.order for row in self.rows)
         found = []
         for row in self.rows:
             weight = 1.0 if row.profile_class == self.profile_class else _OF_OTHERS
+            weight *= math.sqrt(0.5 ** ((latest - row.order) / FIT_HALF_LIFE))  # squared by least squares
             if row.single:  # all single kernels together weigh as some networks do
                 weight *= _OF_KERNELS * min(1.0, math.sqrt(10 / singles))
             found.append(weight)
@@ -332,7 +341,7 @@ class _Fit:
     def _correct(self) -> float:
         """Measured over predicted on this class, the latest counting most, shrunk towards 1."""
         rows = sorted(self._networks(self.profile_class), key=lambda row: -row.order)
-        total, weight = 0.0, 1.0
+        total, weight = 0.0, 0.5
         for age, row in enumerate(rows):
             predicted = self.raw(row.features)
             if predicted > 0:
