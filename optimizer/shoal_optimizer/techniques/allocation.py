@@ -73,7 +73,30 @@ def least_loss(
             raise _unreachable(costs, 1 - limit / costs.of({}, kind), kind, round_to, max_ratio)
         now[best[1]] = best[2]
         cost = costs.of(now, kind)
-    return now
+    return _given_back(costs, now, limit, kind, lost, options)
+
+
+def _given_back(
+    costs: Costs, now: Widths, limit: float, kind: str, lost: Mapping[str, Mapping[int, float]],
+    options: Mapping[str, Sequence[int]],
+) -> Widths:  # fmt: skip
+    """What the last steps took beyond the limit goes back to where it regains most per cost."""
+    found = dict(now)
+    while True:
+        best: tuple[float, str, int] | None = None
+        cost = costs.of(found, kind)
+        for unit in costs.units:
+            for width in (w for w in options[unit.name] if w > found[unit.name]):
+                more = costs.of({**found, unit.name: width}, kind)
+                if more > limit * (1 + 1e-9):
+                    continue
+                regained = max(0.0, lost[unit.name][found[unit.name]] - lost[unit.name][width])
+                worth = regained / max(more - cost, 1e-9)
+                if best is None or worth > best[0]:
+                    best = worth, unit.name, width
+        if best is None:
+            return found
+        found[best[1]] = best[2]
 
 
 def between(whole: Mapping[str, int], last: Mapping[str, int], part: float, units: Sequence[Unit],

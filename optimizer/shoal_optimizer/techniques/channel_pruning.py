@@ -53,6 +53,7 @@ class ChannelPruning(Technique):
     }
 
     def transform(self, work: Work, params: Mapping[str, Any]) -> Work:
+        from shoal_optimizer.task import seeded
         from shoal_optimizer.techniques.architectures.blocks import example_of
 
         model = work.module()
@@ -67,7 +68,8 @@ class ChannelPruning(Technique):
         for number in range(1, rounds + 1):
             work.checkpoint()
             choice.part = number / rounds
-            model, channels = pruned(model, example, choice, params["importance"], choice.left_alone)
+            with seeded(work.seed):
+                model, channels = pruned(model, example, choice, params["importance"], choice.left_alone)
             choice.left_alone = channels.left_alone
             model.zero_grad(set_to_none=True)
             if number < rounds:

@@ -26,7 +26,7 @@ def of_group(group: Any, width: int, name: str) -> Tensor:
       2021): within a layer it orders as magnitude, between layers it does not;
     - fpgm: distance from the other channels (He et al., "Filter Pruning via Geometric Median", 2019).
 
-    Groups that have nothing to judge by (no batch norm, no gradient) are judged by magnitude.
+    Groups that a criterion cannot judge (no batch norm, no gradient) are judged by magnitude.
     """
     import torch
     import torch_pruning
@@ -37,12 +37,15 @@ def of_group(group: Any, width: int, name: str) -> Tensor:
     if name == "lamp":
         return _lamp(of_group(group, width, "magnitude"))
     found = None
-    if name == "bn_scale":
-        found = kinds.BNScaleImportance()(group)
-    elif name == "fpgm":
-        found = kinds.FPGMImportance()(group)
-    elif name == "taylor" and all(_has_gradient(dep.target.module) for dep, _ in group):
-        found = kinds.GroupTaylorImportance()(group)
+    try:
+        if name == "bn_scale":
+            found = kinds.BNScaleImportance()(group)
+        elif name == "fpgm":
+            found = kinds.FPGMImportance()(group)
+        elif name == "taylor" and all(_has_gradient(dep.target.module) for dep, _ in group):
+            found = kinds.GroupTaylorImportance()(group)
+    except (IndexError, RuntimeError):  # torch-pruning's fpgm cannot read grouped convolutions
+        found = None
     if found is None or found.dim() != 1 or len(found) != width or not bool(torch.isfinite(found).all()):
         found = kinds.GroupMagnitudeImportance(p=2)(group)
     if found is None or len(found) != width or not bool(torch.isfinite(found).all()):
