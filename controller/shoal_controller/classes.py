@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal_controller.store.tables import Device
 from shoal_protos.bundle import RuntimeNeed
@@ -19,6 +19,7 @@ class ClassFacts:
     isa: frozenset[str]
     runtimes: Mapping[str, str]  # name -> version, the oldest of the class
     emulated: bool = False  # every device of it is, so none can be timed
+    providers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of each runtime
 
     @property
     def hardware(self) -> str:
@@ -32,6 +33,7 @@ def facts_of(profile: Profile, name: str) -> ClassFacts:
         frozenset(profile.isa_features),
         {runtime.name: runtime.version for runtime in profile.runtimes},
         profile.emulated,
+        {runtime.name: tuple(runtime.providers) for runtime in profile.runtimes},
     )
 
 
@@ -48,7 +50,11 @@ def class_facts(devices: Iterable[Device]) -> dict[str, ClassFacts]:
                 if name in new.runtimes
             }
             emulated = old.emulated and new.emulated
-            new = ClassFacts(new.name, new.architecture, old.isa & new.isa, shared, emulated)
+            both = {
+                name: tuple(p for p in old.providers.get(name, ()) if p in new.providers.get(name, ()))
+                for name in shared
+            }
+            new = ClassFacts(new.name, new.architecture, old.isa & new.isa, shared, emulated, both)
         found[new.name] = new
     return found
 

@@ -42,6 +42,24 @@ class VariantFacts:
     version_max: str = ""
     promised_int8_share: Mapping[str, float] = field(default_factory=dict)  # by class
     envelopes: Mapping[str, EnvelopeFacts] = field(default_factory=dict)  # by class
+    options: Mapping[str, OptionFacts] = field(default_factory=dict)  # by class; absent = the default ones
+
+
+@dataclass(frozen=True)
+class OptionFacts:
+    """How a runtime loads a variant, where that was measured to be better than by default."""
+
+    threads: int = 0
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, raw: Mapping[str, object]) -> OptionFacts:
+        """From figures or a trial's row; what is no such thing is the default."""
+        threads, extra = raw.get("threads"), raw.get("extra")
+        return cls(
+            max(0, threads) if isinstance(threads, int) else 0,
+            {str(k): str(v) for k, v in extra.items()} if isinstance(extra, Mapping) else {},
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,7 @@ class TrialFacts:
     not_after_ms: int = 0
     max_bytes: int = 32 << 20
     threads: int = 0
+    extra: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -263,7 +282,7 @@ def _settings(
         model=variant.model,
         model_version=variant.model_version,
         variant=variant.id,
-        options=desired_pb2.RuntimeOptions(threads=endpoint.threads),
+        options=_options(inputs, endpoint, variant, fallback),
         settle=desired_pb2.Settle(
             seconds=endpoint.settle_seconds,
             max_error_share=endpoint.max_error_share,
@@ -284,6 +303,16 @@ def _settings(
         if envelope is not None and (envelope.latency_p95_ms or envelope.memory_bytes):
             settings.envelope.CopyFrom(_envelope(envelope))
     return settings
+
+
+def _options(
+    inputs: DeviceInputs, endpoint: EndpointFacts, variant: VariantFacts, fallback: bool
+) -> desired_pb2.RuntimeOptions:
+    """What a person set for the endpoint, else what the variant was measured with on this class."""
+    measured = None if fallback else variant.options.get(inputs.profile_class)
+    if endpoint.threads or measured is None:
+        return desired_pb2.RuntimeOptions(threads=endpoint.threads)
+    return desired_pb2.RuntimeOptions(threads=measured.threads, extra=dict(measured.extra))
 
 
 def _envelope(facts: EnvelopeFacts) -> desired_pb2.Envelope:
@@ -322,7 +351,7 @@ def _trial(trial: TrialFacts) -> desired_pb2.Trial:
         incumbent=trial.incumbent,
         not_after_ms=trial.not_after_ms,
         max_bytes=trial.max_bytes,
-        options=desired_pb2.RuntimeOptions(threads=trial.threads),
+        options=desired_pb2.RuntimeOptions(threads=trial.threads, extra=dict(trial.extra)),
     )
 
 

@@ -20,6 +20,7 @@ from shoal_controller.desired import (
     DeviceInputs,
     EndpointFacts,
     EnvelopeFacts,
+    OptionFacts,
     RequestFacts,
     RolloutFacts,
     TrialFacts,
@@ -186,7 +187,7 @@ def _load_figures(session: Session, created: Mapping[str, int]) -> dict[str, dic
         select(Measurement)
         .where(
             Measurement.variant.in_(created),
-            Measurement.kind.in_(("latency", "memory", "accuracy", "int8_share")),
+            Measurement.kind.in_(("latency", "memory", "accuracy", "int8_share", "options")),
         )
         .order_by(Measurement.time_ms, Measurement.id)
     )
@@ -229,6 +230,9 @@ def _variant(
             )
             for name, kinds in figures.items()
         },
+        options={
+            name: OptionFacts.of(kinds["options"]) for name, kinds in figures.items() if "options" in kinds
+        },
     )
 
 
@@ -243,8 +247,18 @@ def _load_trials(session: Session, now_ms: int) -> dict[str, list[TrialFacts]]:
         Trial.state.in_(("pending", "published")), Trial.device != "", Trial.not_after_ms > now_ms
     )
     for row in session.scalars(rows):
+        options = OptionFacts.of(row.options)
         found[row.device].append(
-            TrialFacts(row.id, row.bundle, row.kind, row.dataset, row.incumbent, row.not_after_ms)
+            TrialFacts(
+                row.id,
+                row.bundle,
+                row.kind,
+                row.dataset,
+                row.incumbent,
+                row.not_after_ms,
+                threads=options.threads,
+                extra=options.extra,
+            )
         )
     return found
 

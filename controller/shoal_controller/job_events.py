@@ -187,6 +187,7 @@ class Importer:
             kind=str(event["kind"]),
             incumbent=str(event.get("incumbent") or ""),
             dataset=self._digest(event.get("dataset")),
+            options=_options(event.get("options")),
             state="pending",
             created_ms=now,
             not_after_ms=now + TRIAL_SECONDS * 1000,
@@ -237,6 +238,8 @@ class Importer:
     def _done(self, session: Session, row: Optimization, event: Mapping[str, Any]) -> None:
         version = self._target_version(session, row)
         report = {name: self._digest(path) for name, path in (event.get("report") or {}).items() if path}
+        if event.get("knowledge"):
+            job_files.keep_knowledge(self._directory, self._inside(str(event["knowledge"])), row.id)
         bundles = {
             v.bundle: v.id for v in session.scalars(select(Variant).where(Variant.version == version.id))
         }
@@ -376,6 +379,14 @@ def _releases(session: Session, version: Version) -> list[Release]:
     return list(
         session.scalars(select(Release).where(Release.version == version.id).order_by(Release.number))
     )
+
+
+def _options(raw: Any) -> dict[str, Any]:
+    """Runtime options that a job asked for; {} = the default ones, one thread."""
+    if not isinstance(raw, Mapping):
+        return {}
+    threads, extra = int(raw.get("threads") or 1), dict(raw.get("extra") or {})
+    return {} if threads == 1 and not extra else {"threads": threads, "extra": extra}
 
 
 def _tail(log: str) -> str:

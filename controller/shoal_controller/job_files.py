@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,12 @@ from shoal_controller.store.tables import (
     Variant,
     Version,
 )
+from shoal_optimizer.search.knowledge import FILE, merge
 from shoal_protos.errors import NotFound
 from shoal_protos.v1.profile_pb2 import Profile
 from shoal_protos.v1.telemetry_pb2 import TrialResult
+
+log = logging.getLogger("shoal.worker")
 
 PLAIN_MINUTES = 0.01  # a job's budget is above 0; this leaves no time for anything but conversion
 DEFAULT_TRIALS = 6
@@ -76,6 +80,8 @@ def prepare(
     for name, digest in (("weights", version.weights_blob), ("data", version.data_blob)):
         if digest:
             spec[name] = str(_place(blobs, digest, directory / "in" / name))
+    if row.kind == "optimize":
+        spec["knowledge"] = str(_knowledge(directory))
     if row.kind == "adapt":
         spec["field"] = _field(blobs, directory, row)
     if row.endpoint:
@@ -83,6 +89,30 @@ def prepare(
     temporary = directory / "job.json.partial"
     temporary.write_text(json.dumps(spec, indent=1))
     temporary.replace(directory / "job.json")
+
+
+def knowledge_of(directory: Path) -> Path:
+    """The fleet's file of knowledge, beside the folder of jobs."""
+    return directory.resolve().parent.parent / FILE
+
+
+def keep_knowledge(directory: Path, learned: Path, job: str) -> None:
+    """Adds what a job learned to the fleet's file. A job is added once, also if its line is read again."""
+    try:
+        merge(knowledge_of(directory), learned, job=job)
+    except OSError as error:
+        log.warning("what %s learned could not be kept: %s", job, error)
+
+
+def _knowledge(directory: Path) -> Path:
+    """What is known when the job first starts; a later start of it must not find anything else."""
+    target = directory / "in" / FILE
+    if not target.exists():
+        source = knowledge_of(directory)
+        temporary = target.with_suffix(".partial")
+        temporary.write_bytes(source.read_bytes() if source.is_file() else b"{}")
+        temporary.replace(target)
+    return target
 
 
 def _place(blobs: BlobStore, digest: str, target: Path) -> Path:
@@ -134,6 +164,7 @@ def _classes(session: Session, row: Optimization, machine: Profile) -> list[dict
             and facts.isa == own.isa
             and set(facts.runtimes) <= set(own.runtimes),
             "emulated": facts.emulated,
+            "providers": {name: list(values) for name, values in sorted(facts.providers.items())},
         }
         for name, facts in sorted(wanted_classes(session, row, machine).items())
     ]

@@ -20,11 +20,12 @@ from shoal_controller.blobs import BlobStore
 from shoal_controller.clock import Clock
 from shoal_controller.store.repositories import find, new_id, record
 from shoal_controller.store.tables import Measurement, Model, Optimization, Variant, Version
+from shoal_optimizer.objective import recall_metric
 from shoal_protos.bundle import check_digest
 from shoal_protos.errors import Conflict, InvalidInput, NotFound
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}\Z")
-MEASUREMENT_KINDS = ("accuracy", "latency", "memory", "int8_share", "probe")
+MEASUREMENT_KINDS = ("accuracy", "latency", "memory", "int8_share", "probe", "options")
 
 
 # ------------------------------------------------------------------ models and versions
@@ -357,6 +358,10 @@ def _point(row: Variant, measured: Mapping[str, Measurement]) -> VariantPoint:
             "memory": memory,
             "size": float(row.size_bytes),
             "wire": float(row.wire_bytes or row.size_bytes),
+            **{
+                recall_metric(label): value
+                for label, value in ((accuracy or {}).get("recalls") or {}).items()
+            },
         },
     )
 

@@ -34,15 +34,18 @@ def best_fronts(
     for name in known_classes(session, version.id) if classes is None else classes:
         found = points(session, version.id, name)
         if found:
-            fronts[name] = [p.variant for p in order_by_objective(_undominated(found), objective)]
+            kept = _undominated(found, frontier.metrics_for(objectives.parse(objective)))
+            fronts[name] = [p.variant for p in order_by_objective(kept, objective)]
     return fronts
 
 
-def _undominated(candidates: Sequence[VariantPoint]) -> list[VariantPoint]:
-    """The front. What nobody has judged yet keeps nothing out that is proven."""
+def _undominated(candidates: Sequence[VariantPoint], metrics: Sequence[str]) -> list[VariantPoint]:
+    """The front in the metrics that the objective asks for. What nobody has judged yet keeps nothing out
+    that is proven."""
     proven = [frontier.Point(c.variant, _estimates(c)) for c in candidates if c.proven]
     everything = [frontier.Point(c.variant, _estimates(c)) for c in candidates]
-    kept = {point.key for front in (frontier.front(proven), frontier.front(everything)) for point in front}
+    fronts = (frontier.front(proven, metrics=metrics), frontier.front(everything, metrics=metrics))
+    kept = {point.key for front in fronts for point in front}
     return [c for c in candidates if c.variant in kept]
 
 
@@ -57,6 +60,7 @@ def _estimates(point: VariantPoint) -> dict[str, Estimate | None]:
         "accuracy": estimate(accuracy.get("value"), accuracy.get("low"), accuracy.get("high")),
         "latency_p95": estimate(latency.get("p95_ms"), latency.get("p95_low_ms"), latency.get("p95_high_ms")),
         "size": Estimate(float(point.size_bytes)),
+        "wire": estimate(point.metrics.get("wire"), None, None),
         "memory": estimate(point.memory_bytes, None, None),
     }
 

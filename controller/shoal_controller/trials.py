@@ -139,8 +139,8 @@ def note_result(session: Session, clock: Clock, device: Device, result: telemetr
     """Turns a result into measurements of the variant, if its bundle is one already. The trial row
     itself was written by intake, once per trial id."""
     trial = session.get(Trial, result.trial)
-    if trial is None or not result.ok:
-        return
+    if trial is None or not result.ok or trial.options:
+        return  # with other options it is the job that says which of them are taken
     variants = session.scalars(select(Variant).where(Variant.bundle == trial.bundle)).all()
     figures = figures_of(result)
     for variant in variants:

@@ -81,7 +81,7 @@ class RayExecutor(Executor):
         self._owns = not ray.is_initialized()
         if self._owns:
             _connect(ray, address)
-        self._call = ray.remote(num_cpus=cores_per_task, max_retries=RETRIES)(_call)
+        self._call: Any = ray.remote(num_cpus=cores_per_task, max_retries=RETRIES)(_call)
         self._lock = threading.Lock()
         self._futures: set[Future[Any]] = set()
         self._closed = False

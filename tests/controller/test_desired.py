@@ -16,6 +16,7 @@ from shoal_controller.desired import (
     DeviceInputs,
     EndpointFacts,
     EnvelopeFacts,
+    OptionFacts,
     RequestFacts,
     RolloutFacts,
     TrialFacts,
@@ -439,3 +440,24 @@ def test_agents_are_told_where_the_controller_is(
 
 def test_a_fleet_of_profiles_is_judged_by_what_it_has() -> None:
     assert profile_of("openvino").runtimes[0].name == "openvino"
+
+
+def test_measured_options_reach_the_device_unless_a_person_or_a_fallback_says_otherwise() -> None:
+    chosen = OptionFacts(4, {"provider": "CUDAExecutionProvider"})
+    variant = replace(OLD, options={CLASS: chosen})
+    endpoint = EndpointFacts("digits", "default", "a-1")
+    facts = inputs(endpoint, variants={"k-1": variant})
+    (placement,) = merge(facts).placements
+    assert placement.settings.options.threads == 4
+    assert dict(placement.settings.options.extra) == {"provider": "CUDAExecutionProvider"}
+    (placement,) = merge(inputs(replace(endpoint, threads=2), variants={"k-1": variant})).placements
+    assert placement.settings.options.threads == 2  # a person's word counts more
+    other = replace(OLD, options={"another+onnxruntime": chosen})
+    (placement,) = merge(inputs(endpoint, variants={"k-1": other})).placements
+    assert placement.settings.options.threads == 0  # measured elsewhere: says nothing here
+
+
+def test_a_trials_options_reach_the_device() -> None:
+    trial = TrialFacts("t-1", digest("1"), "timing", threads=2, extra={"provider": "GPU"})
+    (published,) = merge(inputs(trials=[trial])).trials
+    assert published.options.threads == 2 and dict(published.options.extra) == {"provider": "GPU"}

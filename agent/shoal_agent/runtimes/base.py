@@ -15,14 +15,30 @@ from shoal_protos.errors import InvalidInput, ShoalError, Unsupported
 from shoal_protos.v1.desired_pb2 import RuntimeOptions
 
 MAX_THREADS = 1024
+PROVIDER = "provider"  # of `Options.extra`: what to compute on, one of the runtime's `providers`
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to load: `threads` = 0 leaves the number to the runtime; `extra` is passed to it as it is."""
+    """How to load: `threads` = 0 leaves the number to the runtime; `extra` is passed to it as it is, but
+    for `provider`, which names what to compute on (default: the CPU)."""
 
     threads: int = 1
     extra: Mapping[str, str] = field(default_factory=dict)
+
+    def provider(self, default: str, available: tuple[str, ...]) -> str:
+        """What to compute on. Raises Unsupported, naming what there is."""
+        wanted = self.extra.get(PROVIDER, default)
+        if wanted != default and wanted not in available:
+            raise Unsupported(
+                f"This runtime cannot compute on {wanted[:40]} here.", f"It has {', '.join(available)}."
+            )
+        return wanted
+
+    @property
+    def passed(self) -> dict[str, str]:
+        """What goes to the runtime as it is."""
+        return {key: value for key, value in self.extra.items() if key != PROVIDER}
 
     @staticmethod
     def from_proto(message: RuntimeOptions | None) -> Options:

@@ -80,7 +80,7 @@ def _session_options(options: Options) -> Any:
     settings.log_severity_level = 3  # errors reach us as exceptions
     # Spinning threads would burn a core that the application needs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for key, value in options.extra.items():
+    for key, value in options.passed.items():
         settings.add_session_config_entry(key, value)
     return settings
 
@@ -96,7 +96,8 @@ def _tensors(nodes: Any) -> dict[str, tuple[str, list[int]]]:
 
 
 class OnnxRuntime(Runtime):
-    """Loads `.onnx` files, weights inside. `Options.extra` are session configuration entries."""
+    """Loads `.onnx` files, weights inside. `Options.extra` are session configuration entries,
+    and `provider` one of its execution providers."""
 
     name = "onnxruntime"
 
@@ -108,8 +109,12 @@ class OnnxRuntime(Runtime):
 
     def _load(self, bundle: Bundle, options: Options) -> Instance:
         module = _module()
+        provider = options.provider(CPU, self.providers())
         session = module.InferenceSession(
-            str(bundle.model_file), _session_options(options), providers=[CPU], enable_fallback=False
+            str(bundle.model_file),
+            _session_options(options),
+            providers=[provider, CPU] if provider != CPU else [CPU],
+            enable_fallback=False,
         )
         check_model(bundle.config.signature, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
         return OnnxRuntimeInstance(session, bundle, options)
@@ -140,7 +145,7 @@ class OnnxRuntimeInstance(Instance):
                 self._facts = Facts(
                     "onnxruntime",
                     str(_module().__version__),
-                    CPU,
+                    self._session.get_providers()[0] if self._session is not None else CPU,
                     self._options.threads,
                     *self._int8_share(),
                 )

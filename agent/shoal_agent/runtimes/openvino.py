@@ -80,7 +80,7 @@ def _configuration(options: Options) -> dict[str, str]:
     }
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = str(options.threads)
-    settings.update(options.extra)
+    settings.update(options.passed)
     return settings
 
 
@@ -120,7 +120,9 @@ class OpenVino(Runtime):
             model = core.read_model(str(Path(folder) / bundle.config.runtime.model_file))
             _rename(model, bundle)
             check_model(bundle.config.signature, _tensors(model.inputs), _tensors(model.outputs))
-            compiled = core.compile_model(model, DEVICE, _configuration(options))
+            compiled = core.compile_model(
+                model, options.provider(DEVICE, self.providers()), _configuration(options)
+            )
         return OpenVinoInstance(compiled, bundle, options, single_model(model))
 
 
@@ -188,7 +190,9 @@ class _Single:
                 with contextlib.suppress(RuntimeError):
                     model.reshape(shapes)
                     self._compiled = _shared_core().compile_model(
-                        model, DEVICE, _configuration(self._options)
+                        model,
+                        self._options.provider(DEVICE, OpenVino().providers()),
+                        _configuration(self._options),
                     )
             return self._compiled is not None
         finally:
@@ -275,7 +279,7 @@ class OpenVinoInstance(Instance):
                 self._facts = Facts(
                     "openvino",
                     str(_module().__version__).split("-", 1)[0],
-                    DEVICE,
+                    self._options.extra.get("provider", DEVICE),
                     self._options.threads,
                     *self._int8_share(),
                 )

@@ -261,6 +261,9 @@ class Trial(Base):
     kind: Mapped[str]  # "timing", "outputs"
     incumbent: Mapped[str] = mapped_column(default="")
     dataset: Mapped[str] = mapped_column(default="")
+    options: Mapped[dict[str, Any]] = mapped_column(
+        default=dict
+    )  # of the runtime: threads, extra; {} = default
     device: Mapped[str] = mapped_column(default="")  # chosen by trials.py
     state: Mapped[str] = mapped_column(index=True)  # pending, published, done, no_data
     result: Mapped[bytes | None]  # serialized shoal.v1.TrialResult

@@ -92,12 +92,8 @@ def choose(
     by_key = {p.key: p for p in points}
     first = objective.choose(map(frontier.as_objective_point, points))
     kept = next((key for key in first.ranked if key in plain), None)
-    if kept is None or first.key == kept:
-        return (
-            first
-            if not (refused and kept is not None and len(points) == 1)
-            else _with_reasons(first, refused)
-        )
+    if kept is None:
+        return first
     for key in first.ranked:
         if key not in plain and beats(by_key[key], by_key[kept], objective):
             if key == first.key:
@@ -108,6 +104,8 @@ def choose(
     rivals = [by_key[key] for key in first.ranked if key not in plain]
     reasons = [_beside(rival, by_key[kept], objective) for rival in rivals]
     reasons += [f"{name} {why}" for name, why in (refused or {}).items()]
+    if not reasons:  # there is nothing but plain variants
+        return first
     more = f"; {len(reasons) - MOST_SAID} more are no better" if len(reasons) > MOST_SAID else ""
     sentence = (
         f"{kept} stays as it is: nothing is better beyond noise. {'; '.join(reasons[:MOST_SAID])}{more}."
@@ -115,11 +113,6 @@ def choose(
     if not alone.feasible:
         sentence = f"{alone.sentence} {sentence}"
     return replace(alone, sentence=sentence, ranked=(kept, *(k for k in first.ranked if k != kept)))
-
-
-def _with_reasons(choice: Choice, refused: Mapping[str, str]) -> Choice:
-    said = [f"{name} {why}" for name, why in refused.items()][:MOST_SAID]
-    return replace(choice, sentence=f"{choice.sentence} Not chosen: {'; '.join(said)}.")
 
 
 def _beside(rival: Point, plain: Point, objective: Objective) -> str:

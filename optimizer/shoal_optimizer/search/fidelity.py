@@ -9,7 +9,7 @@ The first two only steer the search. Figures that are claimed for a class come f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,12 @@ class Figures:
     options: RuntimeOptions = field(default_factory=RuntimeOptions)  # that the latency is with
     per_class: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # label -> (recall, n)
 
-    def to_json(self) -> dict[str, Any]:
-        """As `variant` lines carry them."""
+    def to_json(self, labels: Sequence[str] = ()) -> dict[str, Any]:
+        """As `variant` lines carry them, with the recall of these classes of the data."""
+        accuracy: dict[str, Any] | None = None if self.accuracy is None else self.accuracy.to_json()
+        recalls = {label: self.per_class[label][0] for label in labels if label in self.per_class}
+        if accuracy is not None and recalls:
+            accuracy["recalls"] = recalls
         latency = None
         if self.latency_p95 is not None:
             p95, p50 = self.latency_p95, self.latency_p50 or self.latency_p95
@@ -111,7 +115,7 @@ class Figures:
                 "n": p95.n,
             }
         return {
-            "accuracy": None if self.accuracy is None else self.accuracy.to_json(),
+            "accuracy": accuracy,
             "latency": latency,
             "memory": None if self.memory is None else {"bytes": int(self.memory.value)},
             "int8_share": self.int8_share,

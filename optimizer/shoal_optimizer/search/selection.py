@@ -289,6 +289,7 @@ class Selection:
     def emit(self, candidates: Iterable[Candidate], *, careful: bool = False) -> None:
         """Says `variant` for each bundle once, for all classes that can run it."""
         classes = {c.name: c for c in self.spec.classes}
+        labels = self.objective.labels
         merged: dict[str, Candidate] = {}
         names: dict[str, set[str]] = {}
         for candidate in candidates:
@@ -296,7 +297,7 @@ class Selection:
             names.setdefault(candidate.bundle, set()).update(candidate.classes)
         for bundle, candidate in merged.items():
             members = [classes[name] for name in sorted(names[bundle]) if name in classes]
-            figures = {c.name: self.figures(candidate, c, careful=careful).to_json() for c in members}
+            figures = {c.name: self.figures(candidate, c, careful=careful).to_json(labels) for c in members}
             event = variant_event(candidate, classes, figures)
             event["classes"] = figures
             self.workshop.voice.variant(self.workshop.state, event)

@@ -279,3 +279,11 @@ class TestGolden:
                     golden={"input:x": inputs, "output:y": right + np.float32(shift)},
                 )
                 assert check_golden(bundle, instance).ok is ok
+
+
+def test_a_provider_that_this_machine_lacks_is_refused_and_the_cpu_is_the_default() -> None:
+    options = Options(2, {"provider": "GPU.7", "session.x": "1"})
+    with pytest.raises(Unsupported, match=r"cannot compute on GPU\.7 here.*It has CPU"):
+        options.provider("CPU", ("CPU",))
+    assert options.provider("CPU", ("CPU", "GPU.7")) == "GPU.7"
+    assert options.passed == {"session.x": "1"} and Options().provider("CPU", ()) == "CPU"
