@@ -38,7 +38,10 @@ def no_disk(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if "No space left on device" in str(error):
+        # torch says the second where a file ends early while it writes one
+        if any(
+            text in str(error) for text in ("No space left on device", "unexpected pos", "failed writing")
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
