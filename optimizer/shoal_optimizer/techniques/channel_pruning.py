@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shoal_optimizer.techniques import allocation, importance
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
-from shoal_optimizer.techniques.channels import Channels, output_layers, pruned
+from shoal_optimizer.techniques.channels import Channels, pruned
+from shoal_optimizer.techniques.outputs import output_layers
 from shoal_optimizer.techniques.training import TrainingPlan, train
 from shoal_protos.errors import InvalidInput
 

@@ -57,7 +57,10 @@ class Hints:
                         f"The {whose} has no layer '{path}' whose output could be a hint.",
                         f"Name some of {', '.join(list(known)[:8])}.",
                     )
-        self.adapters = torch.nn.ModuleList(_adapter(mine[one], theirs[other]) for one, other in self.pairs)
+        parts = dict(student.named_modules())
+        self.adapters = torch.nn.ModuleList(
+            _adapter(mine[one], theirs[other], _convolves(parts[one])) for one, other in self.pairs
+        )
         self._listen(student, [one for one, _ in self.pairs], self._mine)
         self._listen(teacher, [other for _, other in self.pairs], self._theirs)
 
@@ -99,7 +102,7 @@ def choose(
     parts = dict(student.named_modules())
     kinds = ("Conv1d", "Conv2d", "Conv3d", "Linear")
     common = [p for p in mine if p in theirs and type(parts[p]).__name__ in kinds][:-1]
-    fitting = [p for p in common if _fits(mine[p], theirs[p])]
+    fitting = [p for p in common if _fits(mine[p], theirs[p], _convolves(parts[p]))]
     if not fitting:
         raise Unsupported(
             "Student and teacher have no layers of equal name for hints.",
@@ -110,8 +113,19 @@ def choose(
     return tuple((fitting[place], fitting[place]) for place in places)
 
 
-def _fits(mine: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-    return len(mine) == len(theirs) and (len(mine) in (2, 4) or mine[1:-1] == theirs[1:-1])
+def _convolves(part: nn.Module) -> bool:
+    """Whether its outputs have their channels second ([n, channels, ...]) and not last ([n, t, channels])."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return any(isinstance(inner, _ConvNd) for inner in part.modules())
+
+
+def _fits(mine: tuple[int, ...], theirs: tuple[int, ...], convolves: bool) -> bool:
+    if len(mine) != len(theirs):
+        return False
+    if len(mine) == 3:
+        return mine[2] == theirs[2] if convolves else mine[1] == theirs[1]
+    return len(mine) in (2, 4)
 
 
 def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
@@ -139,14 +153,16 @@ def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _adapter(mine: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
+def _adapter(mine: tuple[int, ...], theirs: tuple[int, ...], convolves: bool) -> nn.Module:
     from torch import nn
 
-    if not _fits(mine, theirs):
+    if not _fits(mine, theirs, convolves):
         raise InvalidInput(
             f"Outputs {list(mine)} and {list(theirs)} cannot be compared as hints.",
             "Pair layers with equally many dimensions.",
         )
     if len(mine) == 4:
         return nn.Conv2d(mine[1], theirs[1], 1)
+    if len(mine) == 3 and convolves:
+        return nn.Conv1d(mine[1], theirs[1], 1)
     return nn.Linear(mine[-1], theirs[-1])

@@ -432,6 +432,17 @@ def test_pairs_are_found_in_every_kind_of_network(quadrants: Task, name: str) ->
         assert len({one for one, _ in hints.pairs}) == 3
 
 
+def test_hints_of_series_compare_channels() -> None:
+    task = Tones()
+    steps = (Step("channel_pruning"), Step("distillation", {"epochs": 1, "hints": 1.0}))
+    smaller = apply(Recipe(steps), task).model
+    assert smaller is not None
+    example = feed.prepared(task, task.required("training").inputs[:4])
+    with Hints(smaller, task.original, example) as hints:
+        assert ("1", "1") in hints.pairs  # the convolution [n, 8 or 16, 28]
+        assert isinstance(hints.adapters[0], nn.Conv1d)
+
+
 def test_hints_between_strangers_are_refused_with_a_remedy(quadrants: Task) -> None:
     example = feed.prepared(quadrants, quadrants.required("training").inputs[:2])
     stranger = nn.ModuleDict({"body": nn.Flatten(1), "end": nn.Linear(64, 4)})
