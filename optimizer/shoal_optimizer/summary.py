@@ -18,6 +18,8 @@ from shoal_optimizer.search.selection import ClassResult, Selection, front_entry
 from shoal_protos.bundle import open_bundle
 from shoal_protos.errors import ShoalError
 
+SENSITIVITY_SHARE = 0.03  # of the budget
+
 
 def fronts(results: Sequence[ClassResult]) -> dict[str, list[dict[str, Any]]]:
     """`done.fronts`: best first."""
@@ -68,10 +70,9 @@ def build(
             for key, network in workshop.state.networks.items()
         ],
         "left_out": list(workshop.state.facts.get("left_out", [])),
-        "predictions": dict(workshop.state.facts.get("predictions", {})),
         "adaptation": adaptation,
         "graph": graph(workshop, classes) if spec.kind == "optimize" else None,
-        "sensitivity": workshop.state.facts.get("sensitivity"),
+        "sensitivity": sensitivity(workshop) if spec.kind == "optimize" else None,
         "lineage": lineage.of_job(workshop.task, spec, workshop.weights_digest),
         "context": _context(workshop.state.timings),
     }
@@ -94,7 +95,8 @@ def _class(result: ClassResult, selection: Selection, candidates: Sequence[Candi
     rows = []
     for candidate in selection.members(profile_class, candidates):
         figures = result.figures.get(candidate.name) or selection.figures(candidate, profile_class)
-        rows.append({**_row(candidate, figures), "on_front": candidate.name in names})
+        row = {**_row(candidate, figures), "on_front": candidate.name in names}
+        rows.append({**row, "predicted": candidate.predicted.get(profile_class.name)})
     order = {c.name: i for i, c in enumerate(result.front)}
     rows.sort(key=lambda row: (order.get(row["name"], len(order)), row["size_bytes"], row["name"]))
     chosen = "" if result.choice is None else result.choice.key
@@ -181,6 +183,18 @@ def graph(workshop: Workshop, classes: Sequence[Mapping[str, Any]]) -> dict[str,
     for name in dict.fromkeys(str(entry["chosen"]) for entry in classes if entry["chosen"]):
         found["chosen"][name] = _operations(workshop, candidates[name]["bundle"])
     return found
+
+
+def sensitivity(workshop: Workshop) -> dict[str, Any] | None:
+    """What pruning each layer alone costs; None where that cannot be, or takes more than a small share of
+    the time. What an earlier call measured is read from the job's cache."""
+    from shoal_optimizer.sensitivity import channel_map
+
+    end = time.monotonic() + SENSITIVITY_SHARE * workshop.spec.budget.minutes * 60
+    try:
+        return channel_map(workshop.task, cancelled=lambda: time.monotonic() > end).to_json()
+    except ShoalError:
+        return None
 
 
 def _operations(workshop: Workshop, bundle: str) -> dict[str, Any]:

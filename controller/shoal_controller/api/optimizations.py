@@ -16,13 +16,14 @@ from shoal_controller.api.deps import ActorDep, ServicesDep
 from shoal_controller.store.repositories import find
 from shoal_controller.store.tables import Device, Endpoint, Model, Optimization, Trial, Version
 from shoal_controller.trials import figures_of
+from shoal_optimizer.report import policy as report_policy
 from shoal_protos.errors import InvalidInput, NotFound
 from shoal_protos.v1 import telemetry_pb2
 
 router = APIRouter(tags=["optimizations"])
 
-# A report is one self-contained page; nothing in it may reach out.
-REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
+# A report is one self-contained page; nothing in it may reach out, and of scripts only its own runs.
+REPORT_POLICY = report_policy()
 
 
 @router.get("/optimizations")
