@@ -205,16 +205,17 @@ def note(recorded: World, courses: dict[str, list[Course]]) -> str:
     corner = game.corner(recorded)
     return (
         f"The space has {len(recorded.points)} points. The volume is counted from the original in fp32 in "
-        f"its slowest form ({1000 * corner.latency:.0f} µs, {corner.size / 1000:.0f} kB) and from an accuracy "
-        f"of {corner.accuracy:.3f}, 5 points below it; latency and size count by their logarithms. A look's "
-        "answer is one of the recorded rounds. Shoal knows size and accuracy of what it made, since those need "
-        "no device, and has no table of latencies at the start of a game: it learns one from its looks. Its "
-        "first two networks are the known-good ones that every search begins with. The nesting of grid's "
+        f"its slowest form ({1000 * corner.latency:.0f} µs, {corner.size / 1000:.0f} kB) and from an "
+        f"accuracy of {corner.accuracy:.3f}, 5 points below it; latency and size count by their logarithms. "
+        "A look's "
+        "answer is one of the recorded rounds. Shoal knows size and accuracy of what it made, since those "
+        "need no device, and has no table of latencies at the start of a game: it learns one from its looks. "
+        "Its first two networks are the known-good ones that every search begins with. The nesting of grid's "
         "loops is drawn for each seed. Olive searches static and dynamic quantization and session parameters "
         "by its TPE sampler, 5 points of accuracy allowed; every model that it made counts, not only its "
-        "choice. Both sides are timed with one and with two threads, whichever is faster. Olive neither prunes "
-        "nor trains, which is most of the difference. The original counts for both sides. The load of the "
-        f"machine at the end was {os.getloadavg()[0]:.1f}: read ratios, not times."
+        "choice. Both sides are timed with one and with two threads, whichever is faster. Olive neither "
+        "prunes nor trains, which is most of the difference. The original counts for both sides. The load "
+        f"of the machine at the end was {os.getloadavg()[0]:.1f}: read ratios, not times."
     )
 
 

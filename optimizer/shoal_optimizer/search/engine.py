@@ -14,7 +14,7 @@ from shoal_optimizer.analysis import Analysis, analyse
 from shoal_optimizer.candidates import Candidate, Network, Workshop
 from shoal_optimizer.objective import Objective
 from shoal_optimizer.recipe import Recipe
-from shoal_optimizer.search import fidelity, foresight, frontier, sampler, space, together
+from shoal_optimizer.search import fidelity, foresight, frontier, looking, sampler, space, together
 from shoal_optimizer.search.failures import reason_of
 from shoal_optimizer.search.foresight import Foreseen
 from shoal_optimizer.search.learner import Learner
@@ -81,8 +81,11 @@ class Search:
             if made is not None:
                 found.append(self._predict(made))
             self._took(time.monotonic() - started)
-        for number, candidate in enumerate(found):
-            self.workshop.voice.progress("measure", number / len(found), candidate.name)
+        looked_at = found
+        if self.workshop.spec.budget.measurements is not None:
+            looked_at = looking.worth(found, self.candidates(), self.selection.timed)
+        for number, candidate in enumerate(looked_at):
+            self.workshop.voice.progress("measure", number / len(looked_at), candidate.name)
             self.selection.glance(candidate)
         self._feed(found)
         return found
