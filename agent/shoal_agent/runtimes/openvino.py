@@ -7,7 +7,7 @@ import math
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,9 +93,13 @@ def _tensors(ports: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def _name(port: Any) -> str:
-    """A port may carry several names; the signature's is the one that was set at export."""
-    names = port.get_names()
+def _name(port: Any, wanted: Collection[str] = ()) -> str:
+    """A port may carry several names; the signature's is the one that was set at export. Compiling may add
+    names of operations that became one; `wanted` ones win."""
+    names = set(port.get_names())
+    known = names & set(wanted)
+    if known:
+        return str(min(known))
     return str(port.get_any_name()) if names else ""
 
 
@@ -235,7 +239,8 @@ class OpenVinoInstance(Instance):
         self._single = None if single is None else _Single(single, options)
         self._precision = bundle.config.runtime.precision
         self._options = options
-        self._outputs = [_name(port) for port in compiled.outputs]
+        wanted = {spec.name for spec in bundle.config.signature.outputs}
+        self._outputs = [_name(port, wanted) for port in compiled.outputs]
         # An infer request runs one inference at a time: each running thread borrows one.
         self._idle: deque[Any] = deque()
         self._facts: Facts | None = None

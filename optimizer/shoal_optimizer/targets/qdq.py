@@ -52,23 +52,34 @@ def quantized(graph: bytes, task: Task, calibration: Calibration, scheme: Scheme
     with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, files.quiet(), silence:
         source, target = Path(name) / "float.onnx", Path(name) / "int8.onnx"
         source.write_bytes(files.marked_prepared(shielded))
-        quantize_static(
-            str(source),
-            str(target),
-            files.reader(graph, calibration.inputs),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=scheme.reduce_range,
-            activation_type=activations,
-            weight_type=QuantType.QInt8,
-            calibrate_method=method,
-            nodes_to_exclude=[*files.excluded_nodes(graph), *kept],
-            calibration_cache_path=_ranges_path(task, shielded, calibration),
-            extra_options={
-                "ActivationSymmetric": scheme.signed_activations,
-                "TensorQuantOverrides": overrides(graph, calibration),
-            },
-        )
+
+        def quantize(**more: bool) -> None:
+            quantize_static(
+                str(source),
+                str(target),
+                files.reader(graph, calibration.inputs),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=scheme.reduce_range,
+                activation_type=activations,
+                weight_type=QuantType.QInt8,
+                calibrate_method=method,
+                nodes_to_exclude=[*files.excluded_nodes(graph), *kept],
+                calibration_cache_path=_ranges_path(task, shielded, calibration),
+                extra_options={
+                    "ActivationSymmetric": scheme.signed_activations,
+                    "TensorQuantOverrides": overrides(graph, calibration),
+                    **more,
+                },
+            )
+
+        try:
+            quantize()
+        except ValueError as error:
+            # 1.32 stumbles over biases beside weights of several dimensions; it can leave that step out.
+            if "truth value of an array" not in str(error):
+                raise
+            quantize(QDQDisableWeightAdjustForInt32Bias=True)
         return target.read_bytes()
 
 
