@@ -25,7 +25,7 @@ def render(result: Mapping[str, Any]) -> str:
     lines = [
         "# Models that nobody tuned for",
         "",
-        "`python benchmarks/zoo.py`: Shoal's defaults (`shoal optimize MODEL.onnx`, two minutes, no "
+        "`python benchmarks/zoo.py`: Shoal's defaults (`shoal optimize MODEL.onnx`, three minutes, no "
         "training) against the best of what one would do by hand, at equal accuracy: the objective allows "
         "one point of the metric, and a way by hand that loses more does not count.",
         "",
