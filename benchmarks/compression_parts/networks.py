@@ -55,7 +55,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(before, classes)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        found: Tensor = self.head(self.stages(self.stem(pictures)).mean((2, 3)))
+        found: Tensor = self.head(mean(self.stages(self.stem(pictures))))
         return found
 
 
@@ -112,8 +112,13 @@ class MobileNet(nn.Module):
         self.head = nn.Linear(640, classes)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        found: Tensor = self.head(self.body(pictures).mean((2, 3)))
+        found: Tensor = self.head(mean(self.body(pictures)))
         return found
+
+
+def mean(planes: Tensor) -> Tensor:
+    """[n, c, s, s] -> [n, c]. As a pool, since runtimes keep a pool in int8 and a reduction in float."""
+    return functional.avg_pool2d(planes, planes.shape[-1]).flatten(1)
 
 
 def scaled(widths: Sequence[int], share: float, multiple: int = 8) -> list[int]:
