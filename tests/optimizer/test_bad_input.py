@@ -367,3 +367,18 @@ def test_the_check_reports_it_all(write: Write) -> None:
     assert report.ok, [(i.name, i.state, i.found) for i in report.items]
     text = " ".join(item.found for item in report.items)
     assert "ids" in text and "Open sizes of 'x'" in text
+
+
+def test_intervals_of_large_answers_are_those_of_small_ones(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R squared of resamples by sums of squares is R squared: maps of 100 000 numbers took minutes."""
+    from shoal_optimizer import evaluation
+
+    task = load_task(linear(write, targets=X @ WEIGHT))
+    wrong = X @ WEIGHT + RANDOM.normal(0, 0.1, (60, 2)).astype(np.float32)
+    slow = evaluation.score(task, wrong, X @ WEIGHT)
+    monkeypatch.setattr(evaluation, "LARGE_ANSWERS", 1)
+    fast = evaluation.score(task, wrong, X @ WEIGHT)
+    assert (fast.value, fast.low, fast.high) == pytest.approx((slow.value, slow.low, slow.high), rel=1e-6)
+    assert slow.low < slow.value < slow.high
