@@ -85,7 +85,7 @@ def check_preprocess(report: CheckReport, task: Task) -> None:
         raise InvalidInput("preprocess() gives NaN or infinity.", "Look for divisions by zero.")
     low, high = float(given.min()), float(given.max())
     text = f"the network gets {list(given.shape[1:])}, {low:.3g} to {high:.3g}"
-    if max(abs(low), abs(high)) > UNSCALED:
+    if given.is_floating_point() and max(abs(low), abs(high)) > UNSCALED:  # whole numbers are indices
         report.warn(
             "preprocess",
             f"{text}: not scaled.",
