@@ -402,11 +402,18 @@ class TestOnnx:
         assert load_task(made.task).signature.inputs[0].shape == (-1, 4)
 
     def test_one_that_insists_is_refused(self, tmp_path: Path) -> None:
-        source = onnx_model(tmp_path / "m.onnx", fixed=1, reshape=True)
+        source = onnx_model(tmp_path / "m.onnx", fixed=4, reshape=True)
         np.savez(tmp_path / "m.npz", inputs=np.ones((20, 4), np.float32), targets=np.arange(20) % 2)
         with pytest.raises(InvalidInput, match="insist") as refused:
             scaffold.new(source, out=tmp_path / "mine.onnx")
         assert "Export it again" in refused.value.remedy
+
+    def test_one_that_insists_on_single_items_keeps_them(self, tmp_path: Path) -> None:
+        source = onnx_model(tmp_path / "m.onnx", fixed=1, reshape=True)
+        np.savez(tmp_path / "m.npz", inputs=np.ones((20, 4), np.float32), targets=np.arange(20) % 2)
+        made = scaffold.new(source, out=tmp_path / "mine.onnx")
+        assert any("batch stays 1" in s for s in made.decided)
+        assert load_task(made.task).signature.inputs[0].shape == (1, 4)
 
     def test_no_data(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match="no data to judge"):

@@ -21,7 +21,7 @@ def prepare(source: Path, out: Path, data: Path | None) -> tuple[list[str], list
         What was decided, and warnings.
 
     Raises:
-        InvalidInput: no ONNX file, no data, or a fixed batch that the model's operations insist on.
+        InvalidInput: no ONNX file, no data, or a fixed batch above 1 that the model's operations insist on.
     """
     data = data or source.with_suffix(".npz")
     if not data.is_file():
@@ -43,7 +43,7 @@ def prepare(source: Path, out: Path, data: Path | None) -> tuple[list[str], list
         shutil.copyfile(data, target)
         decided.append(f"The data are copied to {target.name}, which travels with the model.")
     warnings = []
-    if "calibration" not in arrays:
+    if not any(name.partition(":")[0] == "calibration" for name in arrays):
         decided.append("Half of the items choose int8 ranges, the other half judges.")
     if "labels" not in arrays:
         warnings.append(f"{target.name} has no array `labels` with the class names; answers will be numbers.")
@@ -63,13 +63,16 @@ def _dynamic(source: Path, inputs: np.ndarray | None, decided: list[str]) -> Any
     constants = {item.name for item in model.graph.initializer}
     values = [item for item in model.graph.input if item.name not in constants]
     fixed = [v for v in values if v.type.tensor_type.shape.dim and v.type.tensor_type.shape.dim[0].dim_value]
-    if not fixed:
-        return None
+    if not fixed or len(values) > 1:
+        return None  # with several inputs loading decides, which knows what is fixed
     size = fixed[0].type.tensor_type.shape.dim[0].dim_value
     for value in (*values, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
     del model.graph.value_info[:]
     if not _works(model, inputs):
+        if size == 1:
+            decided.append("The batch stays 1: the model's operations insist on it.")
+            return None
         raise InvalidInput(
             f"{source.name} has a fixed batch of {size} that its operations insist on.",
             'Export it again with dynamic_shapes={"x": {0: torch.export.Dim("batch")}} '
