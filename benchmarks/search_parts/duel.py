@@ -76,8 +76,9 @@ def fight(task_file: Path, cache: Path, *, seconds: float, seed: int, say: Calla
         return looks.volume(points)
 
     our_volume, their_volume = volume(ours), volume(theirs)
+    # A peer that made nothing did not run: that is no win, and no figure.
     return Duel(
-        our_volume / their_volume if their_volume else float("nan"),
+        our_volume / their_volume if theirs and their_volume else float("nan"),
         our_volume, their_volume, len(ours), len(theirs), outcome.evaluations, outcome.reason,
     )  # fmt: skip
 
