@@ -34,7 +34,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, 2x2 max-pool, stages of residual blocks (the first block of a later stage halves), mean, linear."""
+    """Stem, 2x2 max-pool, stages of residual blocks (the first of a later stage halves), mean, linear."""
 
     def __init__(self, widths: Sequence[int], blocks: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def mean(planes: Tensor) -> Tensor:
 
 def scaled(widths: Sequence[int], share: float, multiple: int = 8) -> list[int]:
     """Channel counts times `share`, rounded to a multiple of 8: kernels compute whole vectors."""
-    return [max(multiple, int(math.floor(width * share / multiple + 0.5)) * multiple) for width in widths]
+    return [max(multiple, math.floor(width * share / multiple + 0.5) * multiple) for width in widths]
 
 
 class Scale(nn.Module):

@@ -28,7 +28,9 @@ def checkpoints() -> Path:
     named = os.environ.get("SHOAL_CHECKPOINTS")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal-benchmarks" / "compression"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal-benchmarks" / "compression"
+    )
 
 
 def schedule(name: str) -> Schedule:
@@ -53,3 +55,8 @@ def original(name: str, seed: int, folder: Path) -> tuple[nn.Module, float]:
         folder=folder,
         name=name,
     )
+
+
+def finished(name: str, seed: int, folder: Path) -> bool:
+    """True when the original is trained: `original` then only reads it."""
+    return any(folder.glob(f"{name}-seed{seed}-*.pt"))

@@ -18,7 +18,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import signs  # noqa: E402
 
-CLASSES = len(signs.LABELS)
+LABELS: tuple[str, ...] = signs.LABELS
+CLASSES = len(LABELS)
 
 
 @dataclass(frozen=True)

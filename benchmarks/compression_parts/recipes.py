@@ -18,7 +18,7 @@ WEIGHTS = Step(
     {"sparsity": 0.9, "epochs": 1, "ramp": 0.6, "learning_rate": 1e-3, "batch": 64, "alpha": 0.9},
 )
 CHANNELS = Step("channel_pruning", {"ratio": 0.625, "round_to": 8})
-STUDENT = Step("architecture", {"width": 0.25})
+STUDENT = Step("distillation", EPOCH | {"student": "inherited", "width": 0.25})
 NO_BLOCKS = Step("architecture", {"depth": 0.0})
 
 ROWS: dict[str, dict[str, Recipe]] = {
@@ -26,7 +26,7 @@ ROWS: dict[str, dict[str, Recipe]] = {
         "weight_pruning": Recipe((WEIGHTS,), "weight_pruning"),
         "channel_pruning": Recipe((CHANNELS, RECOVERY), "channel_pruning"),
         "int8": Recipe((INT8,), "int8"),
-        "distillation": Recipe((STUDENT, RECOVERY), "distillation"),
+        "distillation": Recipe((STUDENT,), "distillation"),
         "combined": Recipe((NO_BLOCKS, RECOVERY, CHANNELS, RECOVERY, INT8), "combined"),
     },
     "wide": {
@@ -55,3 +55,21 @@ ROWS: dict[str, dict[str, Recipe]] = {
 SEARCH_SHARE = 0.08
 SEARCH_CANDIDATES = 5
 SEARCH_KEEPS = 0.99  # of the original's validation accuracy: the fastest that does is taken
+
+
+def quick_rows(steps: int) -> dict[str, Recipe]:
+    """All six rows for the ready networks, training capped at `steps` a recovery."""
+    capped = EPOCH | {"steps": steps}
+    recovery = Step("distillation", capped)
+    channels = Step("channel_pruning", {"ratio": 0.5, "round_to": 8})
+    student = Step("distillation", capped | {"student": "inherited", "width": 0.5})
+    weights = Step("weight_pruning", dict(WEIGHTS.params) | {"sparsity": 0.8})
+    narrow = Step("architecture", {"width": 0.5})
+    return {
+        "weight_pruning": Recipe((weights,), "weight_pruning"),
+        "channel_pruning": Recipe((channels, recovery), "channel_pruning"),
+        "int8": Recipe((INT8,), "int8"),
+        "distillation": Recipe((student,), "distillation"),
+        "architecture_search": Recipe((narrow, recovery), "architecture_search"),
+        "combined": Recipe((channels, recovery, INT8), "combined"),
+    }

@@ -23,7 +23,7 @@ from shoal_optimizer.recipe import Recipe
 from shoal_optimizer.targets.base import ClassSpec, Exported, load_exported, run_instance
 from shoal_optimizer.task import Task
 from shoal_protos.bundle import BundleConfig, write_bundle
-from shoal_protos.errors import MissingExtra, ShoalError
+from shoal_protos.errors import ShoalError
 
 RUNTIMES = ("onnxruntime", "openvino", "litert")
 ORIGINAL = "original"
@@ -48,7 +48,7 @@ def this_machine() -> ClassSpec:
     for name in RUNTIMES:
         try:
             versions[name] = runtimes.find(name).version()
-        except ShoalError:  # not installed
+        except ShoalError:  # noqa: PERF203 (not installed)
             continue
     architecture = processor.architecture()
     return ClassSpec.of(architecture, processor.features(architecture), versions, local=True)
@@ -68,9 +68,7 @@ def stored(subject: Subject, row: str, recipe: Recipe) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def made(
-    subject: Subject, row: str, recipe: Recipe, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def made(subject: Subject, row: str, recipe: Recipe, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Applies `recipe`, exports and judges; from the folder where that was done before.
 
     Returns:
@@ -98,9 +96,7 @@ def made(
                 applied.model, subject.task, applied.precision, applied.calibration, this_machine()
             )
             forms[name] = _form(subject, exported, folder, name)
-        except MissingExtra as error:
-            say(f"  {name}: {error}")
-        except ShoalError as error:
+        except ShoalError as error:  # noqa: PERF203 (a runtime that cannot have it is left out)
             say(f"  {name} left out: {error}")
     answer = {
         "network": subject.network, "seed": subject.seed, "row": row, "recipe": recipe.checked().to_json(),

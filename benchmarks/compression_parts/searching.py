@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -26,16 +27,35 @@ def recipe_of(width: float, depth: float) -> Recipe:
     return Recipe((Step("architecture", {"width": width, "depth": depth}), RECOVERY), ROW)
 
 
+def known(subject: Subject) -> Recipe | None:
+    """What an earlier search took."""
+    if not _path(subject).is_file():
+        return None
+    chosen = json.loads(_path(subject).read_text())
+    return recipe_of(chosen["width"], chosen["depth"])
+
+
+def spent(subject: Subject, counted: set[str]) -> float:
+    """CPU seconds of the candidates, without those rows that are counted elsewhere."""
+    found = (subject.folder / "rows").glob(f"{subject.network}-seed{subject.seed}-candidate-*/row.json")
+    return sum(
+        float(json.loads(path.read_text())["cpu_s"]) for path in found if path.parent.name not in counted
+    )
+
+
+def _path(subject: Subject) -> Path:
+    return subject.folder / "rows" / f"search-{subject.network}-{subject.key}.json"
+
+
 def searched(subject: Subject, say: Callable[[str], None] = print) -> Recipe:
     """The recipe of the network that the search takes; looks at validation data and latencies only.
 
     Every network of the space with at most `SEARCH_SHARE` of the parameters is built and timed untrained;
     `SEARCH_CANDIDATES` of them, spread from the fastest to the slowest, are trained for one epoch.
     """
-    path = subject.folder / "rows" / f"search-{subject.network}-{subject.key}.json"
-    if path.is_file():
-        chosen = json.loads(path.read_text())
-        return recipe_of(chosen["width"], chosen["depth"])
+    found = known(subject)
+    if found is not None:
+        return found
     space = space_of(subject.task)
     whole = sum(p.numel() for p in subject.task.original.parameters())
     timed: list[tuple[float, float, float]] = []
@@ -54,11 +74,12 @@ def searched(subject: Subject, say: Callable[[str], None] = print) -> Recipe:
     tried = []
     for place in places:
         latency, width, depth = timed[place]
-        found = made(subject, f"candidate-{width:g}-{depth:g}", recipe_of(width, depth), say)
-        tried.append((found["forms"]["onnxruntime"]["validation"], -latency, width, depth))
+        row = made(subject, f"candidate-{width:g}-{depth:g}", recipe_of(width, depth), say)
+        tried.append((row["forms"]["onnxruntime"]["validation"], -latency, width, depth))
     good = [candidate for candidate in tried if candidate[0] >= wanted]
     accuracy, _, width, depth = max(good, key=lambda c: c[1]) if good else max(tried)
     say(f"  taken: width {width:g}, depth {depth:g}, validation {accuracy:.4f} (wanted {wanted:.4f})")
+    path = _path(subject)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"width": width, "depth": depth, "tried": tried, "wanted": wanted}))
     return recipe_of(width, depth)

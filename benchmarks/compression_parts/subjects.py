@@ -35,7 +35,7 @@ def subject(name: str, seed: int, folder: Path) -> tuple[Subject, float]:
         pictures.part("validation"),
         Pictures(training.inputs[chosen], training.targets[chosen]),
         folder / "cache",
-        labels=pictures.signs.LABELS,
+        labels=pictures.LABELS,
         scale=networks.Scale(),
         name=name,
     )

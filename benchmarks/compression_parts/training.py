@@ -22,7 +22,7 @@ Batch = Callable[[np.ndarray, int], tuple[Tensor, Tensor]]  # rows, seed -> inpu
 
 @dataclass(frozen=True)
 class Schedule:
-    """SGD with Nesterov momentum; the rate rises linearly over `warm` of the steps, then falls as a cosine."""
+    """SGD with Nesterov momentum; the rate rises linearly over `warm` of the steps and falls as a cosine."""
 
     epochs: int = 5
     batch: int = 128
