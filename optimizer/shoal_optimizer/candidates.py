@@ -278,6 +278,7 @@ class Workshop:
             accuracy=as_figure(judged) if judged else None,
             field_accuracy=as_figure(in_field) if in_field else None,
             int8_share=exported.facts.get("int8_share"),
+            reverted=tuple(exported.facts.get("reverted", ())),
             items=judged.n if judged else 0,
             per_class=judged.per_class if judged else {},
             quantizer=export.quantizer if export.precision != "fp32" else "",

@@ -139,6 +139,7 @@ def _row(candidate: Candidate, figures: Figures) -> dict[str, Any]:
         "ratio": plain(figures.ratio),
         "winner": figures.winner,
         "int8_share": figures.int8_share,
+        "reverted": [dict(step) for step in candidate.reverted],
         "source": figures.source,
         "accuracy_source": figures.accuracy_source or figures.source,
         "context": figures.context,

@@ -69,6 +69,7 @@ class Candidate:
     quantizer: str = ""  # as `Export.quantizer` names it
     predicted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # class -> ms, relative_error
     per_class: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # label -> (recall, n)
+    reverted: tuple[Mapping[str, Any], ...] = ()  # layers back in float: "layers", "regained", "microseconds"
 
     @property
     def ref(self) -> BundleRef:
@@ -82,8 +83,8 @@ class Candidate:
         values = dict(raw)
         for name in ("accuracy", "field_accuracy"):
             values[name] = Figure.from_json(values.get(name))
-        for name in ("recipe", "classes"):
-            values[name] = tuple(values[name])
+        for name in ("recipe", "classes", "reverted"):
+            values[name] = tuple(values.get(name, ()))
         found = values.get("per_class") or {}
         values["per_class"] = {label: (float(recall), int(n)) for label, (recall, n) in found.items()}
         return cls(**values)

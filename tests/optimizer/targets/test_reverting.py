@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_optimizer import targets
+from shoal_optimizer.lineage import lineage_of
 from shoal_optimizer.recipe import Recipe, Step, apply
 from shoal_optimizer.targets import Calibration, ClassSpec, qdq
 from shoal_optimizer.targets.onnx import Scheme, float_graph, quantized_graph, strip
@@ -208,3 +209,13 @@ def test_an_unknown_layer_is_refused(quadrants: Task, local_class: ClassSpec) ->
 def test_both_runtimes_give_a_profile(profile: Any, quadrants: Task) -> None:
     graph = strip(float_graph(quadrants.original, quadrants))
     assert profile(graph, {"pixels": quadrants.required("evaluation").inputs[:1]}) > 1
+
+
+def test_what_was_timed_is_told_but_not_in_the_bundle(
+    quadrants: Task, uneven: torch.nn.Module, tmp_path: Path
+) -> None:
+    exported = targets.find("onnxruntime").export(quadrants.original, quadrants)
+    step = {"layers": ["node_linear"], "regained": 0.1, "microseconds": 3.7}
+    told = dataclasses.replace(exported, facts={**exported.facts, "reverted": [step]})
+    lineage = lineage_of(quadrants, Recipe(), told, model_version=1, seed=0)
+    assert lineage.target["reverted"] == [["node_linear"]]
