@@ -155,7 +155,7 @@ def publish(work: Work, options: argparse.Namespace, later: list[str]) -> None:
         return
     document = work.document(options.rounds)
     notes = [NOTES if not options.quick else QUICK_NOTE]
-    text = page.write(options.json, document, work.missing + later, notes)
+    text = page.write(options.json, document, work.missing + later, notes, judged=not options.quick)
     say(text)
     say(f"CPU hours in all: {document['figures']['cpu_hours']['value']:.2f}")
 

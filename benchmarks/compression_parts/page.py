@@ -86,11 +86,19 @@ def _said(what: str, value: float, aim: float, least: bool = True) -> str:
     return f"{what} {text} {'met' if met else 'missed'}"
 
 
-def write(path: Path, document: Mapping[str, Any], missing: Sequence[str], notes: Sequence[str]) -> str:
-    """Writes `path` and the page beside it; gives the page's text."""
+def write(
+    path: Path,
+    document: Mapping[str, Any],
+    missing: Sequence[str],
+    notes: Sequence[str],
+    *,
+    judged: bool = True,
+) -> str:
+    """Writes `path` and the page beside it; gives the page's text. The aims are those of the full one."""
     figures = document["figures"]
     vnni = any("vnni" in feature for feature in document["context"]["isa"])
-    text = "\n".join([table(figures), "", *verdicts(figures, vnni), "", *notes])
+    aims = [*verdicts(figures, vnni), ""] if judged else []
+    text = "\n".join([table(figures), "", *aims, *notes])
     if missing:
         text += "\n\nNot finished: " + ", ".join(missing) + ". Run it again to go on.\n"
     path.parent.mkdir(parents=True, exist_ok=True)

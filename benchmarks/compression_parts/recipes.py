@@ -56,14 +56,16 @@ SEARCH_SHARE = 0.08
 SEARCH_CANDIDATES = 5
 SEARCH_KEEPS = 0.99  # of the original's validation accuracy: the fastest that does is taken
 
+QUICK_RATE = 3e-4  # batch norms are folded into the ready networks: more breaks them
+
 
 def quick_rows(steps: int) -> dict[str, Recipe]:
     """All six rows for the ready networks, training capped at `steps` a recovery."""
-    capped = EPOCH | {"steps": steps}
+    capped = EPOCH | {"steps": steps, "learning_rate": QUICK_RATE}
     recovery = Step("distillation", capped)
     channels = Step("channel_pruning", {"ratio": 0.5, "round_to": 8})
     student = Step("distillation", capped | {"student": "inherited", "width": 0.5})
-    weights = Step("weight_pruning", dict(WEIGHTS.params) | {"sparsity": 0.8})
+    weights = Step("weight_pruning", dict(WEIGHTS.params) | {"sparsity": 0.8, "learning_rate": QUICK_RATE})
     narrow = Step("architecture", {"width": 0.5})
     return {
         "weight_pruning": Recipe((weights,), "weight_pruning"),

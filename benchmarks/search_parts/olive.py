@@ -89,7 +89,6 @@ def configuration(model: Path, out: Path, labels: int, seconds: float, seed: int
                 "name": "avg",
                 "priority": 2,
                 "metric_config": {"warmup_num": 10, "repeat_test_num": 50},
-                "goal": {"type": "percent-min-improvement", "value": 0},
             }
         ],
     }

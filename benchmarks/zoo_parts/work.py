@@ -163,7 +163,9 @@ def _by_hand(model: Model, file: Path, task: Task, data: Data, folder: Path) -> 
                 else target.stat().st_size,
             }
         except Exception as error:
-            rows[name] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            told = str(error).strip().splitlines() or [""]
+            told = [line.replace(f"{folder}/", "") for line in told]  # no path of this machine
+            rows[name] = {"failed": f"{type(error).__name__}: {told[0][:200]}"}
     return rows
 
 

@@ -40,14 +40,36 @@ class Skipped(nn.Module):
 
 
 class Resize(nn.Module):
-    """Brings pictures [n, channels, height, width] to a fixed `size` (height, width), bilinear."""
+    """Brings pictures [n, channels, height, width] of one size to a smaller one: linear, each pixel the
+    mean of what it covers.
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    Two products with constant matrices: every runtime computes them fast, while ONNX Runtime's Resize
+    took longer than the small network behind it (0.1 ms for 32x32 to 24x24, measured with 1.32).
+    """
+
+    down: Tensor
+    across: Tensor
+
+    def __init__(self, given: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
+        self.register_buffer("down", shares(given[0], size[0]))  # [size[0], height]
+        self.register_buffer("across", shares(given[1], size[1]).T.contiguous())  # [width, size[1]]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.interpolate(inputs, size=self.size, mode="bilinear", align_corners=False)
+        return torch.matmul(self.down, torch.matmul(inputs, self.across))
 
     def extra_repr(self) -> str:
-        return f"size={self.size}"  # part of what tells two networks apart
+        return f"size={self.size}"
+
+
+def shares(given: int, made: int) -> Tensor:
+    """What each of `made` samples takes of `given` ones, float32 [made, given]; rows add up to 1.
+
+    The weights of antialiased linear resizing: a triangle as wide as two of the made samples.
+    """
+    step = given / made
+    centres = (torch.arange(made, dtype=torch.float64) + 0.5) * step - 0.5
+    away = (torch.arange(given, dtype=torch.float64)[None] - centres[:, None]).abs()
+    weights = (1 - away / max(step, 1.0)).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).to(torch.float32)

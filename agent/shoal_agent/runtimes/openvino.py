@@ -164,7 +164,10 @@ class _Single:
     for read-only ones.
     """
 
-    def __init__(self, source: tuple[Any, Mapping[int, list[int]]], options: Options) -> None:
+    def __init__(
+        self, source: tuple[Any, Mapping[int, list[int]]], options: Options, inputs: Collection[str]
+    ) -> None:
+        self._inputs = inputs  # names in the signature
         self._source: tuple[Any, Mapping[int, list[int]]] | None = source
         self._options = options
         self._compiled: Any = None
@@ -179,7 +182,7 @@ class _Single:
             pass
         if self._compiled is None and not self._compile():
             return None
-        return _SingleRequest(self._compiled.create_infer_request())
+        return _SingleRequest(self._compiled.create_infer_request(), self._inputs)
 
     def give_back(self, request: _SingleRequest) -> None:
         self._idle.append(request)
@@ -204,10 +207,10 @@ class _Single:
 
 
 class _SingleRequest:
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, wanted: Collection[str]) -> None:
         self._request = request
         self._inputs = [
-            (_name(port), request.get_input_tensor(place).data)
+            (_name(port, wanted), request.get_input_tensor(place).data)
             for place, port in enumerate(request.model_inputs)
         ]
 
@@ -236,7 +239,8 @@ class OpenVinoInstance(Instance):
             single: what `single_model` gave.
         """
         self._compiled: Any = compiled
-        self._single = None if single is None else _Single(single, options)
+        names = {spec.name for spec in bundle.config.signature.inputs}
+        self._single = None if single is None else _Single(single, options, names)
         self._precision = bundle.config.runtime.precision
         self._options = options
         wanted = {spec.name for spec in bundle.config.signature.outputs}

@@ -194,6 +194,18 @@ def claim(
     )
 
 
+def float_refusal(candidate: Candidate, figures: Figures) -> str:
+    """Why an int8 candidate is none on a class: its devices computed it in float. "" = they did not, or
+    nobody has measured it. Where layers went back to float on purpose only a share of 0 is refused."""
+    from shoal_optimizer.targets import gates
+
+    if candidate.precision != "int8":
+        return ""
+    least = 0.0 if candidate.reverted else gates.MIN_INT8_SHARE
+    reason = gates.share_refusal(figures.int8_share, least)
+    return f"{reason}, as {figures.source} figures say" if reason else ""
+
+
 def point(candidate: Candidate, figures: Figures) -> Point:
     """The candidate as the front sees it; its key is its name, which is unique within a class."""
 

@@ -32,7 +32,7 @@ _PAIRS = frozenset(
     {"Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Pow", "Where", "QLinearAdd", "QLinearMul"}
 )
 _MOVES = frozenset(
-    {"Transpose", "Concat", "Slice", "Split", "Pad", "Resize", "Upsample", "Gather", "Expand", "Cast", "Tile",
+    {"Transpose", "Concat", "Slice", "Split", "Pad", "Gather", "Expand", "Cast", "Tile",
      "DepthToSpace", "SpaceToDepth", "QLinearConcat"}
 )  # fmt: skip
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose", "FusedConv", "QLinearConv", "ConvInteger"})
@@ -62,7 +62,7 @@ class Kernel:
 
     Attributes:
         operator: "conv", "pointwise" (1x1), "depthwise", "gemm", "pool", "pair" (elementwise with two
-            inputs), "activation", "move", "quantize" or "other".
+            inputs), "activation", "move", "resize", "quantize" or "other".
         given, made: shapes of the first input and of the output, the batch of one among them.
         precision: "fp32", "fp16", "int8", or "int8_weights" where only weights are stored so.
         macs: multiply-adds, 0 where the operation moves rather than computes.
@@ -261,6 +261,8 @@ def _make(
         operator, macs = "pool", elements * math.prod(window) if window else math.prod(given)
     elif kind in _PAIRS:
         operator, macs = "pair", 0
+    elif kind in ("Resize", "Upsample"):
+        operator, macs = "resize", 0
     elif kind in _MOVES:
         operator, macs = "move", 0
     elif kind == "quantize":

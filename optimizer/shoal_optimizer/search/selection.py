@@ -308,7 +308,11 @@ class Selection:
         """The front of a class, best first, from what may be claimed."""
         everything = {c.name: c for c in kept}
         figures = {n: self.figures(c, profile_class, careful=careful) for n, c in everything.items()}
-        losing = self.losing(profile_class, {n: (c, figures[n].per_class) for n, c in everything.items()})
+        losing = dict(
+            self.losing(profile_class, {n: (c, figures[n].per_class) for n, c in everything.items()})
+        )
+        floats = {n: fidelity.float_refusal(c, figures[n]) for n, c in everything.items()}
+        losing |= {name: why for name, why in floats.items() if why}
         members = {n: c for n, c in everything.items() if n not in losing}
         points = [fidelity.point(c, figures[n]) for n, c in members.items()]
         for name, why in losing.items():

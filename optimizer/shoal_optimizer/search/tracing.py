@@ -28,9 +28,10 @@ _POOLS = frozenset(
      "max_pool1d_with_indices", "avg_pool1d", "_adaptive_avg_pool3d", "avg_pool3d"}
 )  # fmt: skip
 _MOVES = frozenset(
-    {"cat", "constant_pad_nd", "upsample_bilinear2d", "upsample_nearest2d", "slice", "clone", "_to_copy",
+    {"cat", "constant_pad_nd", "slice", "clone", "_to_copy",
      "index_select", "index", "pixel_shuffle"}
 )  # fmt: skip
+_RESIZES = frozenset({"upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d"})
 _ACTIVATIONS = frozenset(
     {"gelu", "silu", "silu_", "hardswish", "hardswish_", "hardsigmoid", "_softmax", "tanh",
      "native_layer_norm", "native_group_norm", "elu", "mish", "softplus", "exp", "sqrt"}
@@ -112,7 +113,8 @@ def _kernel(name: str, args: tuple[Any, ...], tensors: list[Any], made: Any, pre
         (
             operator
             for operator, names in (
-                ("pair", _PAIRS), ("pool", _POOLS), ("move", _MOVES), ("activation", _ACTIVATIONS | _FUSED),
+                ("pair", _PAIRS), ("pool", _POOLS), ("move", _MOVES), ("resize", _RESIZES),
+                ("activation", _ACTIVATIONS | _FUSED),
             )
             if name in names
         ),

@@ -196,7 +196,7 @@ class Target(ABC):
         remedy = "Avoid data-dependent control flow in forward(); torch.export.export() shows where."
         if model is None:
             remedy = "Export the ONNX file again with opset 17 or newer and float32 weights."
-        with _clear_errors(self.name, remedy):
+        with _clear_errors(self.name, remedy, model, task):
             exported = self.convert(model, task, precision, calibration, spec)
         if calibration is not None and calibration.keep_float:
             kept = {"keep_float": list(calibration.keep_float)}
@@ -214,17 +214,18 @@ class Target(ABC):
 
 
 @contextlib.contextmanager
-def _clear_errors(target: str, remedy: str) -> Iterator[None]:
+def _clear_errors(target: str, remedy: str, model: nn.Module | None, task: Task) -> Iterator[None]:
     """Turns what a converter raises into an InvalidInput that names the model."""
+    from shoal_optimizer.targets import reasons
+
     try:
         yield
     except ShoalError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason, better = reasons.explain(error, model, task)
         raise InvalidInput(
-            f"The model cannot be exported for {target}: {type(error).__name__}: {(lines or [''])[0][:300]}",
-            remedy,
+            f"The model cannot be exported for {target}: {reason}.", better or remedy
         ) from error
 
 
@@ -246,8 +247,9 @@ def check_parity(exported: Exported, model: nn.Module | None, task: Task) -> Exp
     parity = gates.compare(wanted, got, exported.signature.output_kind)
     gates.require_parity(parity, exported.runtime.name, exported.precision)
     found = {**exported.facts, **parity.facts(), "int8_share": None}
-    if exported.precision == "int8" and not math.isnan(facts.int8_share):
-        found["int8_share"] = facts.int8_share
+    if exported.precision == "int8":
+        # Without convolutions and products there is nothing to gain: such a file counts as float.
+        found["int8_share"] = 0.0 if math.isnan(facts.int8_share) else facts.int8_share
         found["float_operators"] = list(facts.float_operators)
     return dataclasses.replace(exported, facts=found)
 
@@ -293,6 +295,8 @@ def float_by_design(exported: Exported, model: nn.Module | None, task: Task) -> 
 
     graph = float_graph(model, task)
     outside = {*excluded_nodes(graph), *exported.facts.get("keep_float", ())}
+    for step in exported.facts.get("reverted", ()):  # see `reverting`
+        outside.update(step["layers"])
     nodes = onnx.load_from_string(graph).graph.node
     return [node.name for node in nodes if node.op_type in WEIGHTED and node.name in outside]
 

@@ -120,7 +120,7 @@ def _program(model: nn.Module, task: Task, precision: str) -> tuple[bytes, bytes
 
     from shoal_optimizer.modules import Pipeline
 
-    pipeline = Pipeline(task.pre, model, task.post).eval()
+    pipeline = averaged(Pipeline(task.pre, model, task.post)).eval()
     items = task.required("evaluation").inputs
     example = torch.from_numpy(np.ascontiguousarray(items[np.arange(2) % len(items)]))
     with _silent(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="shoal-coreml-") as folder:
@@ -143,6 +143,24 @@ def _program(model: nn.Module, task: Task, precision: str) -> tuple[bytes, bytes
         package = Path(folder) / "model.mlpackage"
         made.save(str(package))
         return coreml_spec.read_package(package)
+
+
+def averaged(pipeline: nn.Module) -> nn.Module:
+    """A copy with a mean in place of each global average pool over one dimension: coremltools 9 makes a
+    constant of that one's size and fails when the batch is open."""
+    import torch
+    from torch import nn
+
+    class Mean(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs.mean(-1, keepdim=True)
+
+    copied = copy.deepcopy(pipeline)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.AdaptiveAvgPool1d) and child.output_size in (1, (1,)):
+                setattr(parent, name, Mean())
+    return copied
 
 
 def _check_trace(traced: Any, pipeline: nn.Module, items: np.ndarray) -> None:

@@ -77,11 +77,19 @@ class LiteRtTarget(Target):
                 f"LiteRT's quantizer does not choose ranges by '{calibration.method}'.",
                 f"Use {' or '.join(METHODS)}.",
             )
+        if calibration is not None and calibration.keep_float:
+            raise Unsupported(
+                f"LiteRT's quantizer can't keep {', '.join(calibration.keep_float[:3])} in float: it knows "
+                "no names of the ONNX graph.",
+                "Leave keep_float empty (max_drop 1.0), or use onnxruntime or openvino.",
+            )
         require_tools()
         content, facts = float_file(model, task)
         if precision == "int8":
             assert calibration is not None
             content, facts = quantized_file(content, task, calibration)
+            if calibration.pinned:
+                facts = {**facts, "pinned": "none: LiteRT's quantizer took its ranges from data"}
         need = RuntimeNeed(self.name, MODEL_FILE, version_min=RUNTIME_MIN, precision=precision)
         return Exported({MODEL_FILE: content}, need, precision, task.signature, facts)
 

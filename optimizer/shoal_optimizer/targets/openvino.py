@@ -1,10 +1,8 @@
 """OpenVINO: the ONNX file that it reads as well, or its own format (IR) where that is the better form.
 
-    fp32           ONNX: as fast as the IR, and the IR is larger (up to a fifth on small networks)
-    int8           ONNX with QDQ; the IR of NNCF where the ONNX file falls short here (`chosen`)
-    fp16           IR: half the bytes; the device computes in float32, as the bundle says
-    int8_weights,  IR by NNCF: a quarter or less of the bytes at the speed of float
-    int4_weights
+    fp32, fp16, int8_weights   ONNX: as fast as the IR and up to half as large before compression
+    int8                       ONNX with QDQ; the IR of NNCF where the ONNX file falls short (`chosen`)
+    int4_weights               IR by NNCF, where it is smaller than int8_weights
 
 The measurements behind it are in docs/decisions/0006.
 """
@@ -15,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from shoal_optimizer.targets import openvino_ir as ir
+from shoal_optimizer.targets import weights_only
 from shoal_optimizer.targets.base import (
     Calibration,
     ClassSpec,
@@ -25,7 +24,7 @@ from shoal_optimizer.targets.base import (
 )
 from shoal_optimizer.targets.onnx import MODEL_FILE, OnnxTarget, Scheme, float_graph
 from shoal_protos.bundle import RuntimeNeed
-from shoal_protos.errors import MissingExtra, ShoalError
+from shoal_protos.errors import MissingExtra, ShoalError, Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,15 +55,10 @@ class OpenVinoTarget(Target):
         if precision == "int8":
             assert calibration is not None
             return _int8(model, task, calibration, class_spec)
-        if precision == "fp32":
-            return _from_onnx(model, task, precision, calibration, class_spec)
-        graph = ir.widened(float_graph(model, task))
-        keep = calibration.keep_float if calibration is not None else ()
-        if precision == "fp16":
-            files = ir.saved(ir.read(graph), graph, half=True)
-        else:
-            files = ir.saved(ir.small_weights(graph, precision, keep), graph)
-        return _ir(files, task, precision, (), {"format_reason": "the smallest form of this precision"})
+        if precision == "int4_weights":
+            keep = calibration.keep_float if calibration is not None else ()
+            return _int4(model, task, class_spec, keep)
+        return _from_onnx(model, task, precision, calibration, class_spec)
 
     def check(self, exported: Exported, model: nn.Module | None, task: Task) -> Exported:
         """Parity, unless choosing the form has measured it already."""
@@ -91,6 +85,22 @@ def _ir(
     need = RuntimeNeed("openvino", ir.XML, RUNTIME_MIN, isa=isa, precision=precision)
     known = {"format": IR, "tools": ir.versions()}
     return Exported(files, need, precision, task.signature, known | facts)
+
+
+def _int4(model: nn.Module | None, task: Task, class_spec: ClassSpec, keep: tuple[str, ...]) -> Exported:
+    """NNCF's IR. Raises Unsupported where it is hardly smaller than int8 weights in ONNX."""
+    graph = ir.widened(float_graph(model, task))
+    files = ir.saved(ir.four_bit_weights(graph, keep), graph)
+    made = _ir(files, task, "int4_weights", (), {"format_reason": "the form whose 4-bit weights it reads"})
+    plainer = _from_onnx(model, task, "int8_weights", None, class_spec)
+    saved = 1 - made.wire_bytes / plainer.wire_bytes
+    if saved < weights_only.LEAST_SAVED["int4_weights"]:
+        raise Unsupported(
+            f"int4_weights would save {max(0.0, saved):.0%} of the {plainer.wire_bytes} compressed bytes of "
+            "int8_weights.",
+            "Use the precision int8_weights or int8: 4 bits are for large matrix products.",
+        )
+    return made
 
 
 # ---------------------------------------------------------------------------- int8: which form?

@@ -1,4 +1,4 @@
-"""OpenVINO's own format (IR): made from the float ONNX graph, int8 and small weights by NNCF.
+"""OpenVINO's own format (IR): made from the float ONNX graph, int8 and 4-bit weights by NNCF.
 
 Models are read with `Core.read_model`, the reader behind `openvino.convert_model` without its telemetry.
 """
@@ -118,16 +118,12 @@ def read(graph: bytes) -> Any:
         return openvino.Core().read_model(str(path))
 
 
-def saved(model: Any, graph: bytes, *, half: bool = False) -> dict[str, bytes]:
-    """The IR files of a model that was made of `graph`; equal models give equal bytes.
-
-    Args:
-        half: stores float weights as FP16, which are widened when the file is loaded.
-    """
+def saved(model: Any, graph: bytes) -> dict[str, bytes]:
+    """The IR files of a model that was made of `graph`; equal models give equal bytes."""
     openvino = _openvino()
     _settle_names(model, graph)
     with tempfile.TemporaryDirectory(prefix="shoal-openvino-") as folder:
-        openvino.save_model(model, str(Path(folder) / XML), compress_to_fp16=half)
+        openvino.save_model(model, str(Path(folder) / XML), compress_to_fp16=False)
         text = (Path(folder) / XML).read_text()
         return {XML: _slim(text).encode(), BIN: (Path(folder) / BIN).read_bytes()}
 
@@ -246,33 +242,28 @@ def _ignored(nncf: Any, model: Any, graph: bytes, keep_float: tuple[str, ...] = 
     return nncf.IgnoredScope(names=names, validate=False)
 
 
-def small_weights(graph: bytes, precision: str, keep_float: tuple[str, ...] = ()) -> Any:
-    """A model whose weights are stored as int8, or as int4 where that pays (matrix products), symmetric.
+def four_bit_weights(graph: bytes, keep_float: tuple[str, ...] = ()) -> Any:
+    """A model whose matrix products have symmetric int4 weights, and its convolutions int8 ones.
 
     Raises:
         MissingExtra: NNCF is not installed.
-        Unsupported: no weight of the model takes the precision.
+        Unsupported: no weight of the model takes 4 bits.
     """
     nncf = _nncf()
-    modes = nncf.CompressWeightsMode
-    four = precision == "int4_weights"
     with _quiet():
         model = read(graph)
-        more: dict[str, Any] = {"mode": modes.INT8_SYM}
-        if four:
-            # One scale for each row: the group sizes of language models don't divide small layers.
-            more = {"mode": modes.INT4_SYM, "group_size": -1, "ratio": 1.0, "all_layers": True}
-        made = nncf.compress_weights(model, ignored_scope=_ignored(nncf, model, graph, keep_float), **more)
-    kinds = {operation.get_element_type().get_type_name() for operation in _constants(made)}
-    if not kinds & ({"i4", "u4"} if four else {"i8", "u8"}):
+        made = nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode.INT4_SYM,
+            group_size=-1,  # one scale a row: the groups of language models don't divide small layers
+            ratio=1.0,
+            all_layers=True,
+            ignored_scope=_ignored(nncf, model, graph, keep_float),
+        )
+    constants = [operation for operation in made.get_ops() if operation.get_type_name() == "Constant"]
+    if not any(item.get_element_type().get_type_name() in ("i4", "u4") for item in constants):
         raise Unsupported(
-            f"No weight of this model is stored in {'4' if four else '8'} bits by NNCF.",
-            "Use the precision int8_weights: 4 bits are for matrix products."
-            if four
-            else "Use the precision fp16.",
+            "No weight of this model is stored in 4 bits by NNCF.",
+            "Use the precision int8_weights: 4 bits are for matrix products.",
         )
     return made
-
-
-def _constants(model: Any) -> list[Any]:
-    return [operation for operation in model.get_ops() if operation.get_type_name() == "Constant"]

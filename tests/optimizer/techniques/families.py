@@ -229,7 +229,7 @@ def plain_chain() -> nn.Module:
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "resnet": ResNet,
     "resnext": lambda: ResNet(width=32, groups=4),
-    "mobilenet": lambda: MobileNetV2(share=0.5),
+    "mobilenet": lambda: MobileNetV2(share=0.35),
     "densenet": DenseNet,
     "unet": UNet,
     "transformer": VisionTransformer,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal_optimizer.techniques.architectures import blocks, surgery
@@ -120,22 +122,35 @@ def declares(task: Task) -> bool:
     return type(task).architecture is not Base.architecture
 
 
+_plans: OrderedDict[tuple[type, str], Plan] = OrderedDict()  # by class too: its code may have no file
+_REMEMBERED = 16
+
+
 def plan_of(model: nn.Module, task: Task) -> Plan:
-    """The plan for a model of this task; read from `task.cache_dir` where equal content was planned."""
-    path = None
-    if task.cache_dir is not None:
-        path = task.cache_dir / f"architecture-{_key(model, task)}.json"
-        if path.is_file():
-            raw = json.loads(path.read_text())
-            if raw.get("version") == _VERSION:
-                return Plan.from_json(raw)
-    found = _Look(model, task).plan()
-    if path is not None:
+    """The plan for a model of this task; that of equal content is remembered, also in `task.cache_dir`."""
+    key = _key(model, task)
+    path = None if task.cache_dir is None else task.cache_dir / f"architecture-{key}.json"
+    stored = path is not None and path.is_file()
+    mine = (type(task), key)
+    if mine not in _plans:
+        _plans[mine] = (_read(path) if path is not None and stored else None) or _Look(model, task).plan()
+        while len(_plans) > _REMEMBERED:
+            _plans.popitem(last=False)
+    if path is not None and not stored:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found.to_json()))
+        partial.write_text(json.dumps(_plans[mine].to_json()))
         partial.replace(path)
-    return found
+    return _plans[mine]
+
+
+def _read(path: Path) -> Plan | None:
+    """A stored plan; None if it is damaged or of another version."""
+    try:
+        raw = json.loads(path.read_text())
+        return Plan.from_json(raw) if raw["version"] == _VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _key(model: nn.Module, task: Task) -> str:
@@ -232,28 +247,19 @@ class _Look:
         return tuple(found)
 
     def _widths(self) -> tuple[float, ...]:
-        from shoal_optimizer.techniques.channel_pruning import layer_ratios
-
-        found, seen = [1.0], {_widths_kept(layer_ratios(self.model, 0.0, ROUND_TO))}
+        found: dict[int, float] = {self.cost.parameters: 1.0}
         for width in WIDTHS:
-            kept = _widths_kept(layer_ratios(self.model, 1 - width, ROUND_TO))
-            if kept not in seen:
-                seen.add(kept)
-                found.append(width)
+            try:
+                narrower = narrow(copy.deepcopy(self.model), self.task, width)
+            except ShoalError as error:
+                self.reasons["width"] = error.message
+                break
+            count = sum(p.numel() for p in narrower.parameters())
+            if count < self.cost.parameters and count not in found and self.harm(narrower) is not None:
+                found[count] = width
         if len(found) == 1:
-            self.reasons["width"] = f"Every layer has {ROUND_TO} channels at most."
-            return (1.0,)
-        found.sort(reverse=True)
-        before = sum(p.numel() for p in self.model.parameters())
-        try:
-            smallest = narrow(copy.deepcopy(self.model), self.task, found[-1])
-        except ShoalError as error:
-            self.reasons["width"] = error.message
-            return (1.0,)
-        if sum(p.numel() for p in smallest.parameters()) == before or self.harm(smallest) is None:
-            self.reasons["width"] = "No channel can go without changing the output's shape."
-            return (1.0,)
-        return tuple(found)
+            self.reasons.setdefault("width", f"No {ROUND_TO} channels can go from any layer.")
+        return tuple(sorted(found.values(), reverse=True))
 
     def _kernels(self, units: Sequence[Unit]) -> tuple[int, ...]:
         found: list[int] = [0]
@@ -348,10 +354,6 @@ class _Look:
             return None
         cost = analyse(self.task, model)
         return cost.parameters, cost.macs
-
-
-def _widths_kept(ratios: Mapping[Any, float]) -> tuple[float, ...]:
-    return tuple(ratios.values())
 
 
 def narrow(model: nn.Module, task: Task, width: float) -> nn.Module:

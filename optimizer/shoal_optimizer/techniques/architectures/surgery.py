@@ -159,7 +159,7 @@ def coarser(layer: Any, given: tuple[int, ...], resolution: float, how: str) -> 
 
     Args:
         given: shape of its input, with the batch.
-        how: "pool" (a mean or linear resize in front) or "stride" (the stem itself takes wider steps).
+        how: "pool" (a resize in front) or "stride" (the stem itself takes wider steps).
     """
     from torch import nn
 
@@ -181,7 +181,9 @@ def coarser(layer: Any, given: tuple[int, ...], resolution: float, how: str) -> 
     if halves:
         pool: nn.Module = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[len(sides)](2)
         return nn.Sequential(pool, layer)
-    return nn.Sequential(Resize((sizes[0], sizes[1])), layer) if len(sizes) == 2 else None
+    if len(sizes) != 2:
+        return None
+    return nn.Sequential(Resize((sides[0], sides[1]), (sizes[0], sizes[1])), layer)
 
 
 # ---------------------------------------------------------------------------- afterwards
