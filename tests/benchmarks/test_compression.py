@@ -109,7 +109,7 @@ def test_weights_come_from_the_initializers() -> None:
 
 def test_a_graph_of_another_network_is_refused() -> None:
     network = ready.Ready(1, True, True)
-    with pytest.raises(ValueError, match="the graph has 19 weighted layers, the network 10"):
+    with pytest.raises(ValueError, match="the graph has 20 weighted layers, the network 10"):
         ready.read_weights(network, graph_of(ready.Ready(3, False, False)))
     with pytest.raises(ValueError, match="layer 0 is"):
         ready.read_weights(network, graph_of(network, swapped=True))
