@@ -58,10 +58,11 @@ def test_digits_are_taken_in_by_the_real_optimizer(tmp_path: Path) -> None:
     assert row.state == "done", row.error
     assert world.row(Version, keys[0]).baseline["value"] > 0.9
     with world.store.read() as session:
-        release = session.scalars(select(Release)).one()
+        # A second one where unhurried figures order the front otherwise than the first glance.
+        releases = list(session.scalars(select(Release).order_by(Release.number)))
         variants = {v.id: v for v in session.scalars(select(Variant))}
-    assert release.note == "plain"
-    for front in release.fronts.values():
+    assert {release.note for release in releases} == {"plain"}
+    for front in releases[-1].fronts.values():
         for key in front:
             bundle = world.blobs.bundle(variants[key].bundle)
             assert bundle.config.reference.thresholds and bundle.config.golden is not None
