@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shoal_optimizer.hooks import watching
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -74,13 +76,8 @@ def analyse(task: Task, model: nn.Module | None = None) -> Analysis:
         return record
 
     leaves = [(name, part) for name, part in module.named_modules() if not list(part.children())]
-    handles = [part.register_forward_hook(hook(name)) for name, part in leaves]
-    try:
-        with torch.inference_mode():
-            task.guard("model()", lambda: module(task.pre(item)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching((part, hook(name)) for name, part in leaves), torch.inference_mode():
+        task.guard("model()", lambda: module(task.pre(item)))
     parameters = sum(p.numel() for p in module.parameters())
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     return _summary(parameters, weights, peak, layers)

@@ -34,52 +34,71 @@ def quantized(graph: bytes, task: Task, calibration: Calibration, scheme: Scheme
     Raises:
         InvalidInput: `keep_float` names no weighted layer of the graph.
     """
+    from shoal_optimizer.targets import onnx as files
+
+    shielded, kept = shield(graph, calibration.keep_float)
+
+    def quantize(**more: bool) -> bytes:
+        return placed(
+            files.marked_prepared(shielded),
+            files.reader(graph, calibration.inputs),
+            calibration.method,
+            signed_activations=scheme.signed_activations,
+            reduce_range=scheme.reduce_range,
+            nodes_to_exclude=[*files.excluded_nodes(graph), *kept],
+            calibration_cache_path=_ranges_path(task, shielded, calibration),
+            extra_options={
+                "ActivationSymmetric": scheme.signed_activations,
+                "TensorQuantOverrides": overrides(graph, calibration),
+                **more,
+            },
+        )
+
+    try:
+        return quantize()
+    except ValueError as error:
+        # 1.32 stumbles over biases beside weights of several dimensions; it can leave that step out.
+        if "truth value of an array" not in str(error):
+            raise
+        return quantize(QDQDisableWeightAdjustForInt32Bias=True)
+
+
+def placed(prepared: bytes, reader: Any, method: str, *, signed_activations: bool, **settings: Any) -> bytes:
+    """A graph with Q and DQ where ONNX Runtime's quantizer puts them, weights per channel in int8.
+
+    Args:
+        prepared: the float graph, marked as prepared.
+        reader: the calibration inputs, see `onnx.reader`.
+        method: "minmax", "percentile" or "entropy".
+        settings: further ones of `quantize_static`.
+    """
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     except ImportError as error:
         raise MissingExtra("optimizer", "onnxruntime") from error
     from shoal_optimizer.targets import onnx as files
 
-    method = {
+    methods = {
         "minmax": CalibrationMethod.MinMax,
         "percentile": CalibrationMethod.Percentile,
         "entropy": CalibrationMethod.Entropy,
-    }[calibration.method]
-    activations = QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8
-    shielded, kept = shield(graph, calibration.keep_float)
+    }
     # The calibrators of histograms print what they do, and a job's output is read line by line.
     silence = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory(prefix="shoal-quantize-") as name, files.quiet(), silence:
         source, target = Path(name) / "float.onnx", Path(name) / "int8.onnx"
-        source.write_bytes(files.marked_prepared(shielded))
-
-        def quantize(**more: bool) -> None:
-            quantize_static(
-                str(source),
-                str(target),
-                files.reader(graph, calibration.inputs),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                reduce_range=scheme.reduce_range,
-                activation_type=activations,
-                weight_type=QuantType.QInt8,
-                calibrate_method=method,
-                nodes_to_exclude=[*files.excluded_nodes(graph), *kept],
-                calibration_cache_path=_ranges_path(task, shielded, calibration),
-                extra_options={
-                    "ActivationSymmetric": scheme.signed_activations,
-                    "TensorQuantOverrides": overrides(graph, calibration),
-                    **more,
-                },
-            )
-
-        try:
-            quantize()
-        except ValueError as error:
-            # 1.32 stumbles over biases beside weights of several dimensions; it can leave that step out.
-            if "truth value of an array" not in str(error):
-                raise
-            quantize(QDQDisableWeightAdjustForInt32Bias=True)
+        source.write_bytes(prepared)
+        quantize_static(
+            str(source),
+            str(target),
+            reader,
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QInt8 if signed_activations else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=methods[method],
+            **settings,
+        )
         return target.read_bytes()
 
 

@@ -7,16 +7,14 @@ ONNX Runtime and its graph with TensorRT's rules; nothing here runs on a GPU, an
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from shoal_optimizer.targets import onnx as onnx_target
-from shoal_optimizer.targets import tensorrt_rules
+from shoal_optimizer.targets import qdq, tensorrt_rules
 from shoal_optimizer.targets.base import Calibration, ClassSpec, Exported, Target, check_parity
 from shoal_protos.bundle import RuntimeNeed, Signature
-from shoal_protos.errors import MissingExtra, Unsupported
+from shoal_protos.errors import Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,29 +128,13 @@ def build_recipe(signature: Signature, precision: str, max_batch: int = MAX_BATC
 
 def symmetric_graph(graph: bytes, task: Task, calibration: Calibration) -> bytes:
     """The float graph with Q and DQ at the inputs of weighted layers and residual sums."""
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    except ImportError as error:
-        raise MissingExtra("optimizer", "onnxruntime") from error
-
-    methods = {
-        "minmax": CalibrationMethod.MinMax,
-        "percentile": CalibrationMethod.Percentile,
-        "entropy": CalibrationMethod.Entropy,
-    }
-    with tempfile.TemporaryDirectory(prefix="shoal-tensorrt-") as name, onnx_target.quiet():
-        source, target = Path(name) / "float.onnx", Path(name) / "int8.onnx"
-        source.write_bytes(onnx_target.marked_prepared(graph))
-        quantize_static(
-            str(source),
-            str(target),
+    return fusible_sums(
+        qdq.placed(
+            onnx_target.marked_prepared(graph),
             onnx_target.reader(graph, calibration.inputs),
-            quant_format=QuantFormat.QDQ,
+            calibration.method,
+            signed_activations=True,
             op_types_to_quantize=list(_QUANTIZED_OPS),
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=methods[calibration.method],
             nodes_to_exclude=[*onnx_target.excluded_nodes(graph), *float_sums(graph)],
             extra_options={
                 "ActivationSymmetric": True,
@@ -162,7 +144,7 @@ def symmetric_graph(graph: bytes, task: Task, calibration: Calibration) -> bytes
                 "OpTypesToExcludeOutputQuantization": list(_QUANTIZED_OPS),
             },
         )
-        return fusible_sums(target.read_bytes())
+    )
 
 
 def fusible_sums(graph: bytes) -> bytes:

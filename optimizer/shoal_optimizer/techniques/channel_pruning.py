@@ -11,7 +11,7 @@ from shoal_optimizer.techniques import allocation, importance
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
 from shoal_optimizer.techniques.channels import Channels, pruned
 from shoal_optimizer.techniques.outputs import output_layers
-from shoal_optimizer.techniques.training import TrainingPlan, train
+from shoal_optimizer.techniques.training import TrainingPlan, fine_tune
 from shoal_protos.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -93,17 +93,13 @@ class ChannelPruning(Technique):
             alpha=params["alpha"],
             seed=work.seed + number,
         )
-        train(
+        fine_tune(
+            work,
             model,
-            work.task,
-            work.training_data(),
             plan,
-            teacher=work.teacher,
-            augment=work.augment,
-            progress=lambda share, message: work.progress(
+            lambda share, message: work.progress(
                 self.name, (number - 1 + share) / rounds, f"after round {number} of {rounds}, {message}"
             ),
-            checkpoint=work.checkpoint,
             note=notes.append,
             seconds=work.seconds_left(1 / (rounds - number + 1)),
         )

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shoal_optimizer.hooks import watching
 from shoal_optimizer.techniques import importance as scores
 from shoal_optimizer.techniques.outputs import head_layers, output_layers, where_it_fails
 from shoal_protos.errors import InvalidInput, MissingExtra
@@ -333,13 +334,8 @@ def _costs(model: nn.Module, example: Tensor) -> dict[str, Cost]:
         return record
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers]
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching((layer, hook(name)) for name, layer in layers), torch.no_grad():
+        model(example)
     return found
 
 

@@ -13,7 +13,7 @@ from shoal_optimizer.techniques.base import Parameter, Technique, Work
 from shoal_optimizer.techniques.hints import parse
 from shoal_optimizer.techniques.losses import match_boxes, match_teacher
 from shoal_optimizer.techniques.students import scaled
-from shoal_optimizer.techniques.training import TrainingPlan, train
+from shoal_optimizer.techniques.training import TrainingPlan, fine_tune, train
 
 __all__ = ["Distillation", "TrainingPlan", "match_boxes", "match_teacher", "train"]
 
@@ -62,15 +62,12 @@ class Distillation(Technique):
             data, more, plan["alpha"] = TaskData(more, np.zeros(len(more), np.int64)), None, 1.0
             work = work.note(f"{self.name}: nothing is labelled, the teacher's answers alone are learned")
         notes: list[str] = []
-        model = train(
+        model = fine_tune(
+            work,
             model,
-            work.task,
-            data if data is not None else work.training_data(),
             TrainingPlan(seed=work.seed, hint_layers=parse(params["hint_layers"]), **plan),
-            teacher=work.teacher,
-            augment=work.augment,
-            progress=lambda share, message: work.progress(self.name, share, message),
-            checkpoint=work.checkpoint,
+            lambda share, message: work.progress(self.name, share, message),
+            data=data,
             note=notes.append,
             seconds=work.seconds_left(),
             unlabelled=more,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from shoal_optimizer.hooks import watching
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
@@ -133,23 +134,22 @@ def _shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
     import torch
 
     found: dict[str, tuple[int, ...]] = {}
-    handles = []
-    for path, part in model.named_modules():
 
-        def note(layer: Any, args: Any, output: Any, path: str = path) -> None:
-            if path and isinstance(output, torch.Tensor) and output.dim() >= 2:
+    def hook(path: str) -> Any:
+        def note(layer: Any, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.dim() >= 2:
                 found[path] = tuple(output.shape)
 
-        handles.append(part.register_forward_hook(note))
+        return note
+
     was = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        hooks = ((part, hook(path)) for path, part in model.named_modules() if path)
+        with watching(hooks), torch.no_grad():
             model(example)
     finally:
         model.train(was)
-        for handle in handles:
-            handle.remove()
     return found
 
 

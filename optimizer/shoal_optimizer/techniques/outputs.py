@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shoal_optimizer.hooks import watching
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -36,15 +38,10 @@ def output_layers(model: Any, example: Any, inside: Any = None) -> list[Any]:
             starts.append(first.grad_fn)
 
     layers = [layer for layer in (inside or model).modules() if isinstance(layer, weighted)]
-    handles = [layer.register_forward_hook(remember) for layer in layers]
-    handles.append((inside or model).register_forward_hook(result))
-    try:
-        with torch.enable_grad():
-            # Also a frozen model gets a graph when its input asks for gradients.
-            model(example.detach().clone().requires_grad_(True))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [*((layer, remember) for layer in layers), (inside or model, result)]
+    with watching(hooks), torch.enable_grad():
+        # Also a frozen model gets a graph when its input asks for gradients.
+        model(example.detach().clone().requires_grad_(True))
     found, seen, queue = [], set(), starts
     while queue:
         node = queue.pop()

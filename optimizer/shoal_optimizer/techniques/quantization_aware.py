@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from shoal_optimizer.techniques import distillation, ranges
+from shoal_optimizer.techniques import ranges
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
+from shoal_optimizer.techniques.training import TrainingPlan, fine_tune
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
@@ -55,15 +56,12 @@ class QuantizationAware(Technique):
                     "No convolution, linear layer or sum was seen in the model's forward pass.",
                     "Quantize without training: the step quantization.",
                 )
-            distillation.train(
+            fine_tune(
+                work,
                 simulated,
-                work.task,
-                data,
-                distillation.TrainingPlan(seed=work.seed, **plan),
-                teacher=work.teacher,
-                augment=work.augment,
-                progress=lambda share, message: work.progress(self.name, share, message),
-                checkpoint=work.checkpoint,
+                TrainingPlan(seed=work.seed, **plan),
+                lambda share, message: work.progress(self.name, share, message),
+                data=data,
                 after_step=lambda share: settle(simulated, share),
             )
             found = simulated.learned()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shoal_optimizer.task import Task
+    from shoal_optimizer.techniques.base import Work
 
 PROBE = (2, 4)  # steps that warm up, steps that are timed
 LOOK = 10  # steps between looks at the clock
@@ -50,6 +51,34 @@ class TrainingPlan:
     unlabelled: float = 1.0
     hints: float = 0.0
     hint_layers: tuple[tuple[str, str], ...] = ()
+
+
+def fine_tune(
+    work: Work,
+    model: nn.Module,
+    plan: TrainingPlan,
+    progress: Callable[[float, str], None],
+    *,
+    data: TaskData | None = None,
+    **more: Any,
+) -> nn.Module:
+    """`train` as a recipe's step asks for it: with the work's data, teacher, augmentation and cancelling.
+
+    Args:
+        data: instead of the work's training data.
+        more: passed to `train`.
+    """
+    return train(
+        model,
+        work.task,
+        data if data is not None else work.training_data(),
+        plan,
+        teacher=work.teacher,
+        augment=work.augment,
+        progress=progress,
+        checkpoint=work.checkpoint,
+        **more,
+    )
 
 
 def train(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shoal_optimizer.techniques import masks
 from shoal_optimizer.techniques.base import Parameter, Technique, Work
-from shoal_optimizer.techniques.training import TrainingPlan, train
+from shoal_optimizer.techniques.training import TrainingPlan, fine_tune
 from shoal_protos.errors import InvalidInput, Unsupported
 
 if TYPE_CHECKING:
@@ -58,15 +58,11 @@ class WeightPruning(Technique):
                 seed=work.seed,
                 **{k: params[k] for k in ("epochs", "learning_rate", "batch", "alpha", "temperature")},
             )
-            train(
+            fine_tune(
+                work,
                 model,
-                work.task,
-                work.training_data(),
                 plan,
-                teacher=work.teacher,
-                augment=work.augment,
-                progress=lambda share, message: work.progress(self.name, share, message),
-                checkpoint=work.checkpoint,
+                lambda share, message: work.progress(self.name, share, message),
                 after_step=schedule,
                 note=notes.append,
                 seconds=work.seconds_left(),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shoal_optimizer.hooks import watching
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -72,17 +74,9 @@ def calls_of(model: nn.Module, example: Tensor) -> dict[str, Call]:
 
         return note
 
-    handles = [
-        module.register_forward_hook(hook(path), with_kwargs=True)
-        for path, module in model.named_modules()
-        if path
-    ]
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = ((module, hook(path)) for path, module in model.named_modules() if path)
+    with watching(hooks, with_kwargs=True), torch.no_grad():
+        model(example)
     return found
 
 
